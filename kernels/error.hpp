@@ -1,0 +1,40 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace annulus {
+
+/// Why a program ends; the values are those of sysexits.h, which schedulers and shells know.
+enum class ExitCode : int {
+  usage = 64,
+  bad_data = 65,
+  missing_input = 66,
+  internal = 70,
+  no_memory = 71,
+  cannot_create = 73,
+  io = 74,
+  peer = 75,  // a peer or the transport failed: worth another try
+};
+
+/// The one exception of the library. The message is one line: operation, what was wrong, the
+/// values, what is accepted.
+class Error : public std::runtime_error {
+ public:
+  Error(ExitCode code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  ExitCode code() const { return code_; }
+
+ private:
+  ExitCode code_;
+};
+
+/// Throws Error(code, formatted message) unless `condition` holds.
+template <typename... Args>
+void require(bool condition, ExitCode code, fmt::format_string<Args...> format, Args&&... args) {
+  if (!condition) throw Error(code, fmt::format(format, std::forward<Args>(args)...));
+}
+
+}  // namespace annulus

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "kernels/types.hpp"
+
+namespace annulus {
+
+/// Bytes to send to, or to receive from, one peer. Messages between one pair of ranks match in the
+/// order in which they are given; their sizes must agree.
+struct Send {
+  int peer = 0;
+  const void* data = nullptr;
+  std::int64_t bytes = 0;
+};
+
+struct Receive {
+  int peer = 0;
+  void* data = nullptr;
+  std::int64_t bytes = 0;
+};
+
+/// Transfers under way. The memory belongs to the transfer until wait() returns.
+class Exchange {
+ public:
+  virtual ~Exchange() = default;
+  /// Moves the transfer on; true once it is complete.
+  virtual bool test() = 0;
+  /// On the CPU returns when complete; on a device makes `stream` wait for it.
+  virtual void wait(Stream stream = {}) = 0;
+};
+
+/// Memory of this rank that peers may read in place.
+class Window {
+ public:
+  virtual ~Window() = default;
+  virtual void* local() = 0;
+  /// The same allocation of `peer`, or null when it cannot be read from here.
+  virtual const void* peer(int peer) const = 0;
+  /// Collective: what every rank wrote before is visible to all after it.
+  virtual void fence() = 0;
+};
+
+/// A group of ranks that move bytes, on the host or between devices. Calls are collective unless
+/// said otherwise, and throw Error(peer) when a peer or the transport fails.
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  /// Ranks of one colour form a new group, ordered by `key`.
+  virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+  /// Concatenates equal-sized contributions of host memory in rank order.
+  virtual void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) = 0;
+  /// Sums fp32 over the ranks in rank order, the same bits everywhere.
+  virtual void all_reduce_sum(std::span<float> values) = 0;
+  /// Memory readable by peers on the same node; null pointers for the others.
+  virtual std::unique_ptr<Window> expose(std::int64_t bytes) = 0;
+
+  /// Starts sends and receives; not collective. Zero-byte messages are not sent. Bytes to oneself
+  /// are copied and not counted.
+  std::unique_ptr<Exchange> exchange(std::span<const Send> sends, std::span<const Receive> receives,
+                                     Stream stream = {});
+
+  void barrier();
+  /// Payload bytes this rank has sent to other ranks by exchange() since construction.
+  std::int64_t bytes_sent() const { return bytes_sent_; }
+
+ protected:
+  virtual std::unique_ptr<Exchange> start(std::span<const Send> sends,
+                                          std::span<const Receive> receives, Stream stream) = 0;
+
+ private:
+  std::int64_t bytes_sent_ = 0;
+};
+
+}  // namespace annulus
