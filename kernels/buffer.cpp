@@ -1,0 +1,102 @@
+#include "kernels/buffer.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "kernels/cuda_support.hpp"
+#include "kernels/element.hpp"
+#include "kernels/error.hpp"
+
+namespace annulus {
+namespace {
+
+constexpr std::int64_t kAlignment = 64;  // a cache line, and one AVX-512 register
+
+void* allocate_host(std::int64_t bytes) {
+  const std::int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  void* data = std::aligned_alloc(kAlignment, static_cast<std::size_t>(rounded));
+  require(data != nullptr, ExitCode::no_memory, "memory: {} bytes wanted on the host, refused",
+          bytes);
+  return data;
+}
+
+// Copies the dimensions from `dim` on, row by row; the last one in a tight loop.
+void copy_host(ConstTensorView from, TensorView to, int dim) {
+  if (dim + 1 < from.rank()) {
+    for (std::int64_t i = 0; i < from.shape[dim]; ++i) {
+      copy_host(from.slice(dim, {i, i + 1}), to.slice(dim, {i, i + 1}), dim + 1);
+    }
+    return;
+  }
+  const std::int64_t count = from.rank() == 0 ? 1 : from.shape[dim];
+  const std::int64_t from_stride = from.rank() == 0 ? 1 : from.strides[dim];
+  const std::int64_t to_stride = to.rank() == 0 ? 1 : to.strides[dim];
+  if (from.dtype == to.dtype && from_stride == 1 && to_stride == 1) {
+    std::memcpy(to.data, from.data, static_cast<std::size_t>(count * size_bytes(from.dtype)));
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    store_element(to.data, to.dtype, i * to_stride,
+                  load_element(from.data, from.dtype, i * from_stride));
+  }
+}
+
+}  // namespace
+
+Buffer::Buffer(Device device, std::int64_t bytes, Stream stream)
+    : bytes_(bytes), device_(device), stream_(stream) {
+  require(bytes >= 0, ExitCode::internal, "memory: {} bytes wanted", bytes);
+  if (bytes == 0) return;
+  data_ = device == Device::cpu ? allocate_host(bytes) : kernels::cuda::allocate(bytes, stream);
+}
+
+Buffer::~Buffer() {
+  if (data_ == nullptr) return;
+  if (device_ == Device::cpu) {
+    std::free(data_);
+  } else {
+    kernels::cuda::release(data_, stream_);
+  }
+}
+
+Buffer::Buffer(Buffer&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      device_(other.device_),
+      stream_(other.stream_) {}
+
+Buffer& Buffer::operator=(Buffer&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(device_, other.device_);
+  std::swap(stream_, other.stream_);
+  return *this;
+}
+
+void fill_bytes(void* data, Device device, int value, std::int64_t bytes, Stream stream) {
+  if (bytes == 0) return;
+  if (device == Device::cuda) return kernels::cuda::fill_bytes(data, value, bytes, stream);
+  std::memset(data, value, static_cast<std::size_t>(bytes));
+}
+
+void copy(ConstTensorView from, TensorView to, Stream stream) {
+  require(from.shape == to.shape, ExitCode::bad_data, "copy: shapes {} and {} differ",
+          from.shape.to_string(), to.shape.to_string());
+  if (from.shape.elements() == 0) return;
+  if (from.device == Device::cuda || to.device == Device::cuda) {
+    return kernels::cuda::copy(from, to, stream);
+  }
+  if (from.dtype == to.dtype && from.is_contiguous() && to.is_contiguous()) {
+    std::memcpy(to.data, from.data,
+                static_cast<std::size_t>(from.shape.elements() * size_bytes(from.dtype)));
+    return;
+  }
+  copy_host(from, to, 0);
+}
+
+void synchronize(Device device, Stream stream) {
+  if (device == Device::cuda) kernels::cuda::synchronize(stream);
+}
+
+}  // namespace annulus

@@ -1,0 +1,40 @@
+#include "kernels/cuda_support.hpp"
+#include "kernels/error.hpp"
+
+namespace annulus::kernels::cuda {
+namespace {
+
+[[noreturn]] void absent() {
+  throw Error(ExitCode::usage,
+              "cuda: this build of annulus has no CUDA; configure with -DANNULUS_CUDA=ON");
+}
+
+}  // namespace
+
+int device_count() { return 0; }
+void use_device(int /*device*/) { absent(); }
+void* allocate(std::int64_t /*bytes*/, Stream /*stream*/) { absent(); }
+void release(void* /*data*/, Stream /*stream*/) noexcept {}
+void fill_bytes(void* /*data*/, int /*value*/, std::int64_t /*bytes*/, Stream /*stream*/) {
+  absent();
+}
+void copy(ConstTensorView /*from*/, TensorView /*to*/, Stream /*stream*/) { absent(); }
+void synchronize(Stream /*stream*/) { absent(); }
+void merge(const AttentionState& /*from*/, const AttentionState& /*into*/, Stream /*stream*/) {
+  absent();
+}
+void finish(const AttentionState& /*state*/, TensorView /*o*/, TensorView /*log_sum_exp*/,
+            Stream /*stream*/) {
+  absent();
+}
+void delta(ConstTensorView /*o*/, ConstTensorView /*grad_o*/, TensorView /*delta*/,
+           Stream /*stream*/) {
+  absent();
+}
+void sink_gradient(ConstTensorView /*sinks*/, ConstTensorView /*log_sum_exp*/,
+                   ConstTensorView /*delta*/, TensorView /*grad_sinks*/, Stream /*stream*/) {
+  absent();
+}
+std::span<const AttentionBackend> backends() { return {}; }
+
+}  // namespace annulus::kernels::cuda
