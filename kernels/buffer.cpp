@@ -42,6 +42,21 @@ void copy_host(ConstTensorView from, TensorView to, int dim) {
   }
 }
 
+void accumulate_host(ConstTensorView from, TensorView into, int dim) {
+  if (dim + 1 < from.rank()) {
+    for (std::int64_t i = 0; i < from.shape[dim]; ++i) {
+      accumulate_host(from.slice(dim, {i, i + 1}), into.slice(dim, {i, i + 1}), dim + 1);
+    }
+    return;
+  }
+  const auto* source = static_cast<const float*>(from.data);
+  auto* target = static_cast<float*>(into.data);
+  const std::int64_t count = from.shape[dim];
+  const std::int64_t from_stride = from.strides[dim];
+  const std::int64_t into_stride = into.strides[dim];
+  for (std::int64_t i = 0; i < count; ++i) target[i * into_stride] += source[i * from_stride];
+}
+
 }  // namespace
 
 Buffer::Buffer(Device device, std::int64_t bytes, Stream stream)
@@ -93,6 +108,21 @@ void copy(ConstTensorView from, TensorView to, Stream stream) {
     return;
   }
   copy_host(from, to, 0);
+}
+
+void accumulate(ConstTensorView from, TensorView into, Stream stream) {
+  require(from.shape == into.shape && from.dtype == DType::f32 && into.dtype == DType::f32,
+          ExitCode::bad_data, "accumulate: {} {} into {} {}; accepted: f32 of equal shapes",
+          name(from.dtype), from.shape.to_string(), name(into.dtype), into.shape.to_string());
+  if (from.shape.elements() == 0) return;
+  if (from.device == Device::cuda || into.device == Device::cuda) {
+    return kernels::cuda::accumulate(from, into, stream);
+  }
+  if (from.rank() == 0) {
+    *static_cast<float*>(into.data) += *static_cast<const float*>(from.data);
+    return;
+  }
+  accumulate_host(from, into, 0);
 }
 
 void synchronize(Device device, Stream stream) {

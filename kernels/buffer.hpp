@@ -36,6 +36,9 @@ void fill_bytes(void* data, Device device, int value, std::int64_t bytes, Stream
 /// host to device and back, device to device. Throws bad_data when the shapes differ.
 void copy(ConstTensorView from, TensorView to, Stream stream = {});
 
+/// into += from, for f32 views of equal shape and any strides. Throws bad_data when they differ.
+void accumulate(ConstTensorView from, TensorView into, Stream stream = {});
+
 /// Returns once all work queued on `stream` is done (at once on the CPU).
 void synchronize(Device device, Stream stream);
 

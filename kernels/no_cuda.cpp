@@ -19,6 +19,7 @@ void fill_bytes(void* /*data*/, int /*value*/, std::int64_t /*bytes*/, Stream /*
   absent();
 }
 void copy(ConstTensorView /*from*/, TensorView /*to*/, Stream /*stream*/) { absent(); }
+void accumulate(ConstTensorView /*from*/, TensorView /*into*/, Stream /*stream*/) { absent(); }
 void synchronize(Stream /*stream*/) { absent(); }
 void merge(const AttentionState& /*from*/, const AttentionState& /*into*/, Stream /*stream*/) {
   absent();
