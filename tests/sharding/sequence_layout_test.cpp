@@ -1,0 +1,137 @@
+#include "sharding/sequence_layout.hpp"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "kernels/error.hpp"
+
+namespace annulus {
+namespace {
+
+// Every row lies on exactly one rank, in ascending order there, and the maps are inverses.
+void expect_consistent(const SequenceLayout& layout, std::int64_t seq, int ranks) {
+  ASSERT_EQ(layout.seq(), seq);
+  ASSERT_EQ(layout.ranks(), ranks);
+  std::vector<std::int64_t> next(static_cast<std::size_t>(ranks), 0);
+  for (std::int64_t row = 0; row < seq; ++row) {
+    const int rank = layout.rank_of(row);
+    ASSERT_EQ(layout.local_row(row), next[static_cast<std::size_t>(rank)]++);
+    ASSERT_EQ(layout.global_row(rank, layout.local_row(row)), row);
+  }
+  std::int64_t covered = 0;
+  for (int rank = 0; rank < ranks; ++rank) {
+    ASSERT_EQ(layout.rows(rank), next[static_cast<std::size_t>(rank)]);
+    std::int64_t begin = 0;
+    std::int64_t last = -1;
+    for (const RowRun& run : layout.runs(rank)) {
+      ASSERT_EQ(run.begin, begin);
+      ASSERT_GT(run.global.begin, last);
+      ASSERT_GT(run.global.size(), 0);
+      begin += run.global.size();
+      last = run.global.end;  // runs that touch are one
+    }
+    covered += begin;
+  }
+  ASSERT_EQ(covered, seq);
+}
+
+MaskSlices causal(std::int64_t seq) {
+  AttentionMask mask;
+  mask.causal = true;
+  return make_slices(mask, 1, seq, seq);
+}
+
+MaskSlices documents(std::int64_t seq, std::int64_t mean, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::vector<std::int64_t> offsets{0};
+  while (offsets.back() < seq) {
+    const std::int64_t length = 1 + static_cast<std::int64_t>(random()) % mean + mean / 2;
+    offsets.push_back(std::min(seq, offsets.back() + std::max<std::int64_t>(length, 1)));
+  }
+  AttentionMask mask;
+  mask.causal = true;
+  mask.q_segments = {segments_of_offsets(offsets, seq)};
+  return make_slices(mask, 1, seq, seq);
+}
+
+TEST(SequenceLayout, MapsAreInverseForEveryKindLengthAndNumberOfRanks) {
+  for (const std::int64_t seq : {0, 1, 2, 5, 17, 64, 101}) {
+    const MaskSlices mask = causal(seq);
+    for (const int ranks : {1, 2, 3, 4, 5, 8, 13}) {
+      expect_consistent(SequenceLayout::contiguous(seq, ranks), seq, ranks);
+      expect_consistent(SequenceLayout::zigzag(seq, ranks), seq, ranks);
+      expect_consistent(SequenceLayout::balanced(mask, 1, seq, ranks), seq, ranks);
+      for (const std::int64_t chunk : {1, 3, 7}) {
+        expect_consistent(SequenceLayout::balanced(mask, 1, seq, ranks, chunk), seq, ranks);
+      }
+    }
+  }
+}
+
+TEST(SequenceLayout, ContiguousGivesTheFirstRanksOneRowMore) {
+  const SequenceLayout layout = SequenceLayout::contiguous(10, 4);
+  EXPECT_EQ(layout.rows(0), 3);
+  EXPECT_EQ(layout.rows(1), 3);
+  EXPECT_EQ(layout.rows(2), 2);
+  EXPECT_EQ(layout.rows(3), 2);
+}
+
+TEST(SequenceLayout, ContiguousTakesAnyLengths) {
+  const std::vector<std::int64_t> rows{4, 0, 3};
+  const SequenceLayout layout = SequenceLayout::contiguous(rows);
+  expect_consistent(layout, 7, 3);
+  EXPECT_EQ(layout.rows(1), 0);
+  EXPECT_EQ(layout.rank_of(4), 2);
+}
+
+TEST(SequenceLayout, GroupedNodesHoldTheirRanksRowsInGlobalOrder) {
+  const SequenceLayout nodes = SequenceLayout::zigzag(96, 4).grouped(2);
+  expect_consistent(nodes, 96, 2);
+  for (std::int64_t row = 0; row < 96; ++row) {
+    EXPECT_EQ(nodes.rank_of(row), SequenceLayout::zigzag(96, 4).rank_of(row) / 2);
+  }
+  EXPECT_THROW(SequenceLayout::zigzag(96, 4).grouped(3), Error);
+}
+
+TEST(SequenceLayout, ChunkAreasSumToTheMask) {
+  const MaskSlices mask = documents(5000, 300, 7);
+  const std::vector<std::int64_t> area =
+      areas(SequenceLayout::balanced(mask, 1, 5000, 6, 50), mask, 1);
+  std::int64_t sum = 0;
+  for (const std::int64_t part : area) sum += part;
+  EXPECT_EQ(sum, mask.area(0));
+}
+
+struct Balance {
+  double contiguous, zigzag, balanced;
+};
+
+Balance balance_of(const MaskSlices& mask, std::int64_t seq, int ranks) {
+  const auto of = [&](const SequenceLayout& layout) { return imbalance(areas(layout, mask, 1)); };
+  const Balance found{of(SequenceLayout::contiguous(seq, ranks)),
+                      of(SequenceLayout::zigzag(seq, ranks)),
+                      of(SequenceLayout::balanced(mask, 1, seq, ranks))};
+  return found;
+}
+
+TEST(SequenceLayout, CausalIsBalanced) {
+  const Balance small = balance_of(causal(65536), 65536, 8);
+  EXPECT_LE(small.balanced, 1.02);
+  EXPECT_LE(small.zigzag, 1.02);
+  EXPECT_GT(small.contiguous, 1.8);
+  const Balance large = balance_of(causal(1 << 20), 1 << 20, 512);
+  EXPECT_LE(large.balanced, 1.05);
+}
+
+TEST(SequenceLayout, RandomDocumentsAreBalanced) {
+  const std::uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  for (const std::int64_t mean : {512, 4096, 20000}) {
+    EXPECT_LE(balance_of(documents(65536, mean, seed), 65536, 8).balanced, 1.02);
+    EXPECT_LE(balance_of(documents(1 << 20, mean, seed), 1 << 20, 512).balanced, 1.05);
+  }
+}
+
+}  // namespace
+}  // namespace annulus
