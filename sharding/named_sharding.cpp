@@ -55,7 +55,7 @@ Block NamedSharding::block(int rank, const Shape& shape) const {
   return block;
 }
 
-std::vector<int> NamedSharding::replicas(int rank) const {
+AxisTuple NamedSharding::unused_axes() const {
   AxisTuple unused;
   for (const MeshAxis& axis : mesh_.axes()) {
     const auto uses = [&](const AxisTuple& axes) {
@@ -65,7 +65,11 @@ std::vector<int> NamedSharding::replicas(int rank) const {
       unused.push_back(axis.name);
     }
   }
-  return mesh_.group(rank, unused);
+  return unused;
+}
+
+std::vector<int> NamedSharding::replicas(int rank) const {
+  return mesh_.group(rank, unused_axes());
 }
 
 std::string NamedSharding::to_string() const {

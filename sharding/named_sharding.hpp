@@ -41,6 +41,9 @@ class NamedSharding {
   /// shape.
   Block block(int rank, const Shape& shape) const;
   Shape local_shape(int rank, const Shape& shape) const { return shape_of(block(rank, shape)); }
+  /// The axes of the mesh that cut nothing, in the mesh's order: ranks that differ along them only
+  /// hold the same.
+  AxisTuple unused_axes() const;
   /// All ranks that hold the same block as `rank`, itself included, rising.
   std::vector<int> replicas(int rank) const;
 
