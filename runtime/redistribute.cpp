@@ -1,0 +1,160 @@
+#include "runtime/redistribute.hpp"
+
+#include <utility>
+#include <vector>
+
+#include "kernels/buffer.hpp"
+#include "kernels/error.hpp"
+#include "sharding/redistribution.hpp"
+
+namespace annulus {
+namespace {
+
+using Segments = std::vector<std::vector<Segment1d>>;
+
+/// Copies the product of the segments of dimensions `dim` and up, from `from` to `to`.
+void copy_product(const ConstTensorView& from, const TensorView& to, const Segments& segments,
+                  int dim, Stream stream) {
+  if (dim == from.rank()) return copy(from, to, stream);
+  for (const Segment1d& part : segments[static_cast<std::size_t>(dim)]) {
+    copy_product(from.slice(dim, {part.from, part.from + part.size}),
+                 to.slice(dim, {part.to, part.to + part.size}), segments, dim + 1, stream);
+  }
+}
+
+/// The segments with one side replaced by places in a message, where they lie end to end.
+Segments packed(Segments segments, std::int64_t Segment1d::*side) {
+  for (std::vector<Segment1d>& list : segments) {
+    std::int64_t at = 0;
+    for (Segment1d& segment : list) {
+      segment.*side = at;
+      at += segment.size;
+    }
+  }
+  return segments;
+}
+
+/// The part of a shard that makes up a message, when it is one piece of memory; else absent.
+template <typename View>
+View in_place(View shard, const ShardTransfer& transfer, std::int64_t Segment1d::*side) {
+  for (int dim = 0; dim < shard.rank(); ++dim) {
+    const std::vector<Segment1d>& list = transfer.segments[static_cast<std::size_t>(dim)];
+    if (list.size() != 1) return {};
+    const Segment1d& only = list.front();
+    shard = shard.slice(dim, {only.*side, only.*side + only.size});
+  }
+  return shard.is_contiguous() ? shard : View{};
+}
+
+/// A message to or from another rank: a part of the shard itself, or memory beside it.
+template <typename View>
+struct Message {
+  const ShardTransfer* transfer = nullptr;
+  View view;
+  Tensor beside;
+
+  Message(const View& shard, const ShardTransfer& what, std::int64_t Segment1d::*side,
+          Stream stream)
+      : transfer(&what), view(in_place(shard, what, side)) {
+    if (view) return;
+    beside = Tensor(shard.dtype, what.message_shape(), shard.device, stream);
+    view = beside.view();
+  }
+
+  std::int64_t bytes() const { return view.shape.elements() * size_bytes(view.dtype); }
+};
+
+std::vector<Message<ConstTensorView>> pack(const ConstTensorView& shard,
+                                           const std::vector<ShardTransfer>& transfers, int rank,
+                                           Stream stream) {
+  std::vector<Message<ConstTensorView>> messages;
+  for (const ShardTransfer& send : transfers) {
+    if (send.peer == rank) continue;
+    Message<ConstTensorView>& message =
+        messages.emplace_back(shard, send, &Segment1d::from, stream);
+    if (!message.beside) continue;
+    copy_product(shard, message.beside.view(), packed(send.segments, &Segment1d::to), 0, stream);
+  }
+  return messages;
+}
+
+std::vector<Message<TensorView>> expect(const TensorView& shard,
+                                        const std::vector<ShardTransfer>& transfers, int rank,
+                                        Stream stream) {
+  std::vector<Message<TensorView>> messages;
+  for (const ShardTransfer& receive : transfers) {
+    if (receive.peer != rank) messages.emplace_back(shard, receive, &Segment1d::to, stream);
+  }
+  return messages;
+}
+
+void unpack(const std::vector<Message<TensorView>>& messages, const TensorView& shard,
+            Stream stream) {
+  for (const Message<TensorView>& message : messages) {
+    if (!message.beside) continue;
+    copy_product(message.view, shard, packed(message.transfer->segments, &Segment1d::from), 0,
+                 stream);
+  }
+}
+
+void check(const DistributedTensor& from, const DistributedTensor& to, const Communicator& ranks) {
+  require(from && to && from.dtype() == to.dtype() && from.device() == to.device(), ExitCode::usage,
+          "redistribute: needs two tensors of one dtype on one device");
+  require(ranks.size() == from.layout().mesh().ranks() && ranks.rank() == from.rank() &&
+              ranks.rank() == to.rank(),
+          ExitCode::usage,
+          "redistribute: rank {} of {} does not hold the shard of rank {} over {} ranks",
+          ranks.rank(), ranks.size(), from.rank(), from.layout().mesh().ranks());
+}
+
+}  // namespace
+
+void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Communicator& ranks,
+                       Stream stream) {
+  check(from, to, ranks);
+  const Redistribution plan = plan_redistribution(from.layout(), to.layout(), ranks.rank());
+  const auto outgoing = pack(from.local(), plan.sends, ranks.rank(), stream);
+  const auto incoming = expect(to.local(), plan.receives, ranks.rank(), stream);
+  std::vector<Send> sends;
+  for (const auto& message : outgoing) {
+    sends.push_back({message.transfer->peer, message.view.data, message.bytes()});
+  }
+  std::vector<Receive> receives;
+  for (const auto& message : incoming) {
+    receives.push_back({message.transfer->peer, message.view.data, message.bytes()});
+  }
+  const auto exchange = ranks.exchange(sends, receives, stream);
+  for (const ShardTransfer& kept : plan.receives) {
+    if (kept.peer != ranks.rank()) continue;
+    copy_product(from.local(), to.local(), kept.segments, 0, stream);
+  }
+  exchange->wait(stream);
+  unpack(incoming, to.local(), stream);
+}
+
+DistributedTensor redistribute(const DistributedTensor& from, const TensorLayout& to,
+                               Communicator& ranks, Stream stream) {
+  require(static_cast<bool>(from), ExitCode::usage, "redistribute: there is no tensor");
+  DistributedTensor result(from.dtype(), to, ranks.rank(), from.device(), stream);
+  redistribute_into(from, result, ranks, stream);
+  return result;
+}
+
+Tensor gather(const DistributedTensor& tensor, Communicator& ranks, std::optional<int> root,
+              Stream stream) {
+  require(static_cast<bool>(tensor), ExitCode::usage, "gather: there is no tensor");
+  const Shape& shape = tensor.global_shape();
+  const Mesh& mesh = tensor.layout().mesh();
+  const TensorLayout whole = root ? TensorLayout::only_on(*root, shape, mesh)
+                                  : TensorLayout(shape, NamedSharding(mesh, PartitionSpec()));
+  if (root && ranks.rank() != *root) {
+    redistribute(tensor, whole, ranks, stream);
+    return {};
+  }
+  Tensor result(tensor.dtype(), shape, tensor.device(), stream);
+  DistributedTensor into(Tensor::borrow(result.view()), whole, ranks.rank());
+  redistribute_into(tensor, into, ranks, stream);
+  return result;
+}
+
+}  // namespace annulus

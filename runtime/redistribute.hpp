@@ -1,0 +1,27 @@
+#pragma once
+
+#include <optional>
+
+#include "kernels/types.hpp"
+#include "runtime/distributed_tensor.hpp"
+#include "runtime/tensor.hpp"
+#include "sharding/communicator.hpp"
+#include "sharding/tensor_layout.hpp"
+
+namespace annulus {
+
+/// The same global tensor in another layout, on the same device. Collective over `ranks`, the ranks
+/// of the mesh in order. Only elements that a rank needs and does not hold move, each once. Throws
+/// usage when shapes or ranks differ.
+DistributedTensor redistribute(const DistributedTensor& from, const TensorLayout& to,
+                               Communicator& ranks, Stream stream = {});
+
+/// The same into memory that is there; dtype and device must be those of `from`.
+void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Communicator& ranks,
+                       Stream stream = {});
+
+/// The global tensor on `root`, an absent one elsewhere; on all ranks without a root. Collective.
+Tensor gather(const DistributedTensor& tensor, Communicator& ranks,
+              std::optional<int> root = std::nullopt, Stream stream = {});
+
+}  // namespace annulus
