@@ -48,8 +48,13 @@ class Window {
 /// said otherwise, and throw Error(peer) when a peer or the transport fails.
 class Communicator {
  public:
+  /// `device`: where the memory that exchange() moves lives; the collectives take host memory.
+  explicit Communicator(Device device = Device::cpu) : device_(device) {}
   virtual ~Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
 
+  Device device() const { return device_; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
   /// Ranks of one colour form a new group, ordered by `key`.
@@ -75,6 +80,7 @@ class Communicator {
                                           std::span<const Receive> receives, Stream stream) = 0;
 
  private:
+  Device device_;
   std::int64_t bytes_sent_ = 0;
 };
 
