@@ -1,0 +1,236 @@
+#include "runtime/mpi_communicator.hpp"
+
+#include <mpi.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "kernels/error.hpp"
+#include "runtime/mpi_check.hpp"
+#include "runtime/mpi_window.hpp"
+
+namespace annulus {
+namespace {
+
+/// Tags count the pieces between two ranks, modulo what MPI guarantees (MPI_TAG_UB >= 32767), and
+/// mark the last piece of a message: a message in another's place is then seen, whatever its size.
+constexpr std::int64_t kTagPeriod = 16384;
+
+int piece_tag(std::int64_t piece, bool last) {
+  return static_cast<int>(piece % kTagPeriod) * 2 + (last ? 1 : 0);
+}
+
+/// A receive under way, and what must arrive.
+struct Expected {
+  int peer = 0;
+  int bytes = 0;
+  int tag = 0;
+};
+
+class MpiExchange final : public Exchange {
+ public:
+  MpiExchange() = default;
+  ~MpiExchange() override { abandon(); }
+  MpiExchange(const MpiExchange&) = delete;
+  MpiExchange& operator=(const MpiExchange&) = delete;
+
+  /// Receives come first in `requests_`, in the order of `expected_`.
+  void receive(MPI_Comm comm, void* data, const Expected& expected) {
+    requests_.push_back(MPI_REQUEST_NULL);
+    expected_.push_back(expected);
+    ANNULUS_CHECK_MPI(MPI_Irecv(data, expected.bytes, MPI_BYTE, expected.peer, MPI_ANY_TAG, comm,
+                                &requests_.back()));
+  }
+  void send(MPI_Comm comm, const void* data, int bytes, int peer, int tag) {
+    requests_.push_back(MPI_REQUEST_NULL);
+    ANNULUS_CHECK_MPI(MPI_Isend(data, bytes, MPI_BYTE, peer, tag, comm, &requests_.back()));
+  }
+
+  /// Requests are completed one by one, in order: MPI moves all of them meanwhile, the error of
+  /// each is its own, and Open MPI 4.1's MPI_Waitall hangs after a truncated message.
+  bool test() override {
+    for (; done_ < requests_.size(); ++done_) {
+      int complete = 0;
+      MPI_Status status;
+      check(MPI_Test(&requests_[done_], &complete, &status), status);
+      if (complete == 0) return false;
+    }
+    return true;
+  }
+
+  void wait(Stream) override {
+    for (; done_ < requests_.size(); ++done_) {
+      MPI_Status status;
+      check(MPI_Wait(&requests_[done_], &status), status);
+    }
+  }
+
+ private:
+  /// MPI lets a short message into a longer receive without an error.
+  void check(int code, const MPI_Status& status) const {
+    if (done_ >= expected_.size()) {
+      require(code == MPI_SUCCESS, ExitCode::peer, "exchange: a send failed: {}",
+              mpi_error_text(code));
+      return;
+    }
+    const Expected& expected = expected_[done_];
+    require(code == MPI_SUCCESS, ExitCode::peer,
+            "exchange: receiving {} bytes from rank {} failed: {}", expected.bytes, expected.peer,
+            mpi_error_text(code));
+    if (requests_[done_] != MPI_REQUEST_NULL) return;
+    int bytes = 0;
+    ANNULUS_CHECK_MPI(MPI_Get_count(&status, MPI_BYTE, &bytes));
+    require(bytes == expected.bytes && status.MPI_TAG == expected.tag, ExitCode::peer,
+            "exchange: expected piece {} of {} bytes from rank {}, got piece {} of {} bytes",
+            expected.tag, expected.bytes, expected.peer, status.MPI_TAG, bytes);
+  }
+
+  /// Only a rank that is about to end the job leaves requests behind.
+  void abandon() noexcept {
+    for (std::size_t i = done_; i < requests_.size(); ++i) {
+      if (requests_[i] == MPI_REQUEST_NULL) continue;
+      if (i < expected_.size()) static_cast<void>(MPI_Cancel(&requests_[i]));
+      static_cast<void>(MPI_Request_free(&requests_[i]));
+    }
+  }
+
+  std::vector<MPI_Request> requests_;
+  std::vector<Expected> expected_;
+  std::size_t done_ = 0;  // requests before this one are complete
+};
+
+class MpiCommunicator final : public Communicator {
+ public:
+  /// Takes over `comm`.
+  MpiCommunicator(MPI_Comm comm, const MpiOptions& options) : comm_(comm), options_(options) {
+    ANNULUS_CHECK_MPI(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
+    ANNULUS_CHECK_MPI(MPI_Comm_rank(comm_, &rank_));
+    ANNULUS_CHECK_MPI(MPI_Comm_size(comm_, &size_));
+    sent_pieces_.resize(static_cast<std::size_t>(size_));
+    received_pieces_.resize(static_cast<std::size_t>(size_));
+  }
+  ~MpiCommunicator() override {
+    int finalized = 0;
+    static_cast<void>(MPI_Finalized(&finalized));
+    if (finalized == 0) static_cast<void>(MPI_Comm_free(&comm_));
+  }
+  MpiCommunicator(const MpiCommunicator&) = delete;
+  MpiCommunicator& operator=(const MpiCommunicator&) = delete;
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    MPI_Comm part = MPI_COMM_NULL;
+    ANNULUS_CHECK_MPI(MPI_Comm_split(comm_, color, key, &part));
+    return std::make_unique<MpiCommunicator>(part, options_);
+  }
+
+  void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override;
+  void all_reduce_sum(std::span<float> values) override;
+
+  std::unique_ptr<Window> expose(std::int64_t bytes) override {
+    return make_mpi_window({MPI_Comm_c2f(comm_)}, bytes);
+  }
+
+ protected:
+  std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,
+                                  Stream stream) override;
+
+ private:
+  MPI_Comm comm_;
+  MpiOptions options_;
+  int rank_ = 0;
+  int size_ = 0;
+  std::vector<std::int64_t> sent_pieces_;      // to each peer, so far
+  std::vector<std::int64_t> received_pieces_;  // from each peer, so far
+};
+
+std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
+                                                 std::span<const Receive> receives, Stream) {
+  auto exchange = std::make_unique<MpiExchange>();
+  const std::int64_t chunk = options_.chunk_bytes;
+  for (const Receive& receive : receives) {
+    std::int64_t& piece = received_pieces_[static_cast<std::size_t>(receive.peer)];
+    for (std::int64_t begin = 0; begin < receive.bytes; begin += chunk) {
+      const int bytes = static_cast<int>(std::min(chunk, receive.bytes - begin));
+      const int tag = piece_tag(piece++, begin + bytes == receive.bytes);
+      exchange->receive(comm_, static_cast<std::byte*>(receive.data) + begin,
+                        {receive.peer, bytes, tag});
+    }
+  }
+  for (const Send& send : sends) {
+    std::int64_t& piece = sent_pieces_[static_cast<std::size_t>(send.peer)];
+    for (std::int64_t begin = 0; begin < send.bytes; begin += chunk) {
+      const int bytes = static_cast<int>(std::min(chunk, send.bytes - begin));
+      const int tag = piece_tag(piece++, begin + bytes == send.bytes);
+      exchange->send(comm_, static_cast<const std::byte*>(send.data) + begin, bytes, send.peer,
+                     tag);
+    }
+  }
+  return exchange;
+}
+
+void MpiCommunicator::all_gather(std::span<const std::byte> mine, std::span<std::byte> all) {
+  const std::size_t ranks = static_cast<std::size_t>(size_);
+  require(all.size() == mine.size() * ranks, ExitCode::internal,
+          "all_gather: {} bytes from each of {} ranks do not make {}", mine.size(), size_,
+          all.size());
+  const auto chunk = static_cast<std::size_t>(options_.chunk_bytes);
+  if (mine.size() <= chunk) {
+    const int bytes = static_cast<int>(mine.size());
+    ANNULUS_CHECK_MPI(
+        MPI_Allgather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm_));
+    return;
+  }
+  // Pieces of all ranks arrive side by side and go to their places.
+  std::vector<std::byte> pieces(chunk * ranks);
+  for (std::size_t begin = 0; begin < mine.size(); begin += chunk) {
+    const std::size_t length = std::min(chunk, mine.size() - begin);
+    const int bytes = static_cast<int>(length);
+    ANNULUS_CHECK_MPI(
+        MPI_Allgather(mine.data() + begin, bytes, MPI_BYTE, pieces.data(), bytes, MPI_BYTE, comm_));
+    for (std::size_t rank = 0; rank < ranks; ++rank) {
+      std::memcpy(all.data() + rank * mine.size() + begin, pieces.data() + rank * length, length);
+    }
+  }
+}
+
+/// MPI_Allreduce may add in any order; here each rank adds its part of every block in rank order.
+void MpiCommunicator::all_reduce_sum(std::span<float> values) {
+  const auto ranks = static_cast<std::size_t>(size_);
+  const std::size_t most = static_cast<std::size_t>(options_.chunk_bytes) / sizeof(float);
+  const std::size_t part =
+      std::max<std::size_t>(1, std::min((values.size() + ranks - 1) / ranks, most));
+  const std::size_t block = part * ranks;
+  const int count = static_cast<int>(part);
+  std::vector<float> mine(block);
+  std::vector<float> parts(block);
+  std::vector<float> sum(part);
+  for (std::size_t begin = 0; begin < values.size(); begin += block) {
+    const std::span<float> now = values.subspan(begin, std::min(block, values.size() - begin));
+    std::copy(now.begin(), now.end(), mine.begin());
+    ANNULUS_CHECK_MPI(
+        MPI_Alltoall(mine.data(), count, MPI_FLOAT, parts.data(), count, MPI_FLOAT, comm_));
+    std::fill(sum.begin(), sum.end(), 0.0F);
+    for (std::size_t i = 0; i < block; ++i) sum[i % part] += parts[i];
+    ANNULUS_CHECK_MPI(
+        MPI_Allgather(sum.data(), count, MPI_FLOAT, mine.data(), count, MPI_FLOAT, comm_));
+    std::copy_n(mine.begin(), now.size(), now.begin());
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> make_mpi_communicator(MpiHandle handle, const MpiOptions& options) {
+  require(options.chunk_bytes > 0 && options.chunk_bytes <= std::numeric_limits<int>::max(),
+          ExitCode::usage, "mpi: chunk_bytes {} is outside 1 to 2^31 - 1", options.chunk_bytes);
+  MPI_Comm own = MPI_COMM_NULL;
+  ANNULUS_CHECK_MPI(MPI_Comm_dup(MPI_Comm_f2c(handle.fortran), &own));
+  return std::make_unique<MpiCommunicator>(own, options);
+}
+
+}  // namespace annulus
