@@ -1,0 +1,84 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "kernels/mask.hpp"
+#include "kernels/types.hpp"
+#include "runtime/distributed_tensor.hpp"
+#include "sharding/partition_manager.hpp"
+#include "sharding/tensor_layout.hpp"
+
+namespace annulus {
+
+/// The tensors of one attention, in any layout over the mesh; dimensions in bthd. The optional ones
+/// are null when absent.
+struct AttentionInputs {
+  const DistributedTensor& query;            // [batch, seq_q, q_heads, head_dim]
+  const DistributedTensor& key;              // [batch, seq_kv, kv_heads, head_dim]
+  const DistributedTensor& value;            // [batch, seq_kv, kv_heads, value_dim]
+  const DistributedTensor* bias = nullptr;   // [batch|1, q_heads|kv_heads|1, seq_q, seq_kv]
+  const DistributedTensor* mask = nullptr;   // u8, the same shapes; 1 keeps
+  const DistributedTensor* sinks = nullptr;  // [q_heads] or [1, q_heads]
+};
+
+/// How the rows of the sequence are dealt to the ranks of a sequence group.
+enum class SequenceDeal : std::uint8_t { contiguous, zigzag, balanced };
+
+/// What to compute. What is not given comes from the metadata or the operation.
+struct AttentionOptions {
+  /// None: the operation's own default. Off in mode decode.
+  std::optional<bool> causal = std::nullopt;
+  /// The rest of the mask, over all batch rows; its `causal` is not looked at.
+  AttentionMask mask = {};
+  std::optional<float> scale = std::nullopt;
+  float soft_cap = 0.0F;
+  std::optional<float> dropout = std::nullopt;
+  std::uint64_t seed = 0;
+  /// Order of the dimensions of query, key and value. Results are bthd, of thd too (batch 1).
+  DimOrder order = DimOrder::bthd;
+  /// None: as query and key lie, where the operation can work on that, else contiguous.
+  std::optional<SequenceDeal> deal = std::nullopt;
+  /// None: the runtime dtype.
+  std::optional<DType> output_dtype = std::nullopt;
+  bool attention_weights = false;
+  bool log_sum_exp = true;
+  /// The same bits for any number of ranks.
+  bool reproducible = false;
+};
+
+/// Global extents of one attention.
+struct AttentionShape {
+  std::int64_t batch = 1;
+  std::int64_t seq_q = 0;
+  std::int64_t seq_kv = 0;
+  std::int64_t q_heads = 1;
+  std::int64_t kv_heads = 1;
+  std::int64_t head_dim = 0;
+  std::int64_t value_dim = 0;
+  /// Empty when absent.
+  Shape bias = {};
+  Shape mask = {};
+  Shape sinks = {};
+  friend bool operator==(const AttentionShape&, const AttentionShape&) = default;
+};
+
+/// Reads and checks the shapes of the inputs. Throws bad_data naming the tensor, what is expected
+/// and what was found.
+AttentionShape shape_of(const AttentionInputs& inputs, DimOrder order);
+
+/// Where an operation wants its inputs and leaves its results, all in bthd: inputs that lie so are
+/// used in place.
+struct AttentionLayouts {
+  TensorLayout query;
+  TensorLayout key;
+  TensorLayout value;
+  TensorLayout output;       // [batch, seq_q, q_heads, value_dim]
+  TensorLayout log_sum_exp;  // [batch, q_heads, seq_q]
+  TensorLayout weights;      // [batch, q_heads, seq_q, seq_kv]
+  std::optional<TensorLayout> bias;
+  std::optional<TensorLayout> mask;
+  std::optional<TensorLayout> sinks;
+};
+
+}  // namespace annulus
