@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/attention_reference.hpp"
+#include "kernels/cpu/attention_cpu.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 
@@ -103,6 +104,8 @@ std::span<const AttentionBackend> attention_backends() {
   static const std::vector<AttentionBackend> backends = [] {
     const std::span<const AttentionBackend> device = kernels::cuda::backends();
     std::vector<AttentionBackend> all(device.begin(), device.end());
+    all.push_back({"cpu", Device::cpu, kernels::cpu::unsupported, kernels::cpu::forward,
+                   kernels::cpu::backward});
     all.push_back({"reference", Device::cpu, kernels::reference::unsupported,
                    kernels::reference::forward, kernels::reference::backward});
     return all;

@@ -1,0 +1,15 @@
+#pragma once
+
+#include <string>
+
+#include "kernels/attention.hpp"
+
+namespace annulus::kernels::cpu {
+
+/// The vector backend: FlashAttention tiles on whatever vectors the processor has (Highway),
+/// OpenMP threads, f32 arithmetic. Rows come out with the same bits for any number of threads.
+std::string unsupported(const AttentionProblem& problem, Direction direction);
+void forward(const ForwardCall& call);
+void backward(const BackwardCall& call);
+
+}  // namespace annulus::kernels::cpu

@@ -1,0 +1,322 @@
+#include "kernels/cpu/backward_keys.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/key_runs.hpp"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/backward_keys.cpp"
+#include "kernels/cpu/targets.hpp"
+// clang-format off
+#include "hwy/foreach_target.h"
+// clang-format on
+#include "hwy/highway.h"
+#include "kernels/cpu/logits_tile-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+namespace {
+
+// to[i] += from[i]·factor for n elements, a multiple of 8.
+HWY_INLINE void add_scaled(const float* HWY_RESTRICT from, float factor, std::int64_t n,
+                           float* HWY_RESTRICT to) {
+  const Eight d;
+  const auto scale = hn::Set(d, factor);
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  for (std::int64_t i = 0; i < n; i += lanes) {
+    hn::StoreU(hn::MulAdd(hn::LoadU(d, from + i), scale, hn::LoadU(d, to + i)), d, to + i);
+  }
+}
+
+// s ← exp(s·scale − lse), 0 where s is −inf. The difference is taken before the change to base 2:
+// rounding lse·log2(e) would double the error that P has from an f32 log-sum-exp.
+void recompute_probabilities(std::int64_t keys, std::int64_t vectors, float scale, const float* lse,
+                             float* s) {
+  const Floats d;
+  const FloatVec factor = hn::Set(d, scale);
+  const FloatVec to_base2 = hn::Set(d, kLog2E);
+  for_each_vector(keys, vectors, s, [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
+    const FloatVec x = hn::MulSub(hn::Load(d, at), factor, hn::Load(d, lse + v * kLanes));
+    hn::Store(exp2(d, hn::Mul(x, to_base2)), d, at);
+  });
+}
+
+// dp ← p·(dp − delta), and 0 where p is 0: what a mask drops may hold anything.
+void logit_gradient(std::int64_t keys, std::int64_t vectors, const float* p, const float* delta,
+                    float* dp) {
+  const Floats d;
+  for_each_vector(keys, vectors, dp, [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
+    const FloatVec weight = hn::Load(d, p + (at - dp));
+    const FloatVec grad =
+        hn::Mul(weight, hn::Sub(hn::Load(d, at), hn::Load(d, delta + v * kLanes)));
+    hn::Store(hn::IfThenZeroElse(hn::Eq(weight, hn::Zero(d)), grad), d, at);
+  });
+}
+
+// ds ← ds·(1 − (capped / cap)²).
+void cap_gradient(std::int64_t keys, std::int64_t vectors, const float* capped, float cap,
+                  float* ds) {
+  const Floats d;
+  const FloatVec inverse = hn::Set(d, 1.0F / cap);
+  for_each_vector(keys, vectors, ds, [&](std::int64_t, std::int64_t, float* at) HWY_ATTR {
+    const FloatVec t = hn::Mul(hn::Load(d, capped + (at - ds)), inverse);
+    hn::Store(hn::Mul(hn::Load(d, at), hn::NegMulAdd(t, t, hn::Set(d, 1.0F))), d, at);
+  });
+}
+
+// Gradients through one chunk of keys (FlashAttention, algorithm 4, with lanes as queries): K, V,
+// dK and dV of the chunk stay, tiles of queries stream by from last to first, so that under a
+// causal mask all chunks start with the same tiles and wait for each other only once.
+class BackwardKeys {
+ public:
+  BackwardKeys(const BackwardCall& call, const RowBlock& rows, Scratch& scratch)
+      : call_(call),
+        problem_(call.problem),
+        rows_(rows),
+        head_dim_(problem_.head_dim()),
+        value_dim_(problem_.value_dim()),
+        k_stride_(tile_stride(head_dim_)),
+        v_stride_(tile_stride(value_dim_)) {
+    const std::int64_t keys = backward_chunk_keys(problem_) + 8;
+    for (float** tile : {&k_, &dk_}) *tile = scratch.take(keys * k_stride_);
+    for (float** tile : {&v_, &dv_}) *tile = scratch.take(keys * v_stride_);
+    q_rows_ = scratch.take(kTileLanes * k_stride_);
+    grad_o_rows_ = scratch.take(kTileLanes * v_stride_);
+    q_ = scratch.take(head_dim_ * kTileLanes);
+    dq_ = scratch.take(head_dim_ * kTileLanes);
+    grad_o_ = scratch.take(value_dim_ * kTileLanes);
+    for (float** tile :
+         {&p_, &ds_, &buffers_.addend, &buffers_.kept, &buffers_.factor, &buffers_.capped}) {
+      *tile = scratch.take((kKeyTile + 8) * kTileLanes);
+    }
+    buffers_.rows = scratch.take(kPairRowsFloats);
+    lse_ = scratch.take(kTileLanes);
+    delta_ = scratch.take(kTileLanes);
+  }
+
+  static std::int64_t scratch_floats(const AttentionProblem& problem) {
+    const std::int64_t strides = tile_stride(problem.head_dim()) + tile_stride(problem.value_dim());
+    return 2 * (backward_chunk_keys(problem) + 8) * strides + kTileLanes * strides +
+           kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
+           6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 20;
+  }
+
+  void compute(std::int64_t chunk, AccumulationOrder& order) {
+    for (const Slice& slice : problem_.mask.of_batch(rows_.batch)) {
+      const Slice part = clip(slice, rows_.queries, rows_.keys);
+      if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
+    }
+    if (slices_.empty()) return;
+    load_keys();
+    for (std::int64_t tile = order.tiles() - 1; tile >= 0; --tile) {
+      if (!order.meets(chunk, tile)) continue;
+      add_queries(rows_of_tile(rows_, tile * kTileLanes, kTileLanes));
+      order.wait(chunk, tile);
+      if (call_.grad_q) write_grad_q(tile * kTileLanes);
+      order.pass(tile);
+    }
+    write_grad_keys();
+  }
+
+ private:
+  void load_keys() {
+    for (std::int64_t key = rows_.keys.begin; key < rows_.keys.end; ++key) {
+      const std::int64_t i = key - rows_.keys.begin;
+      load_row(problem_.k.data, problem_.k.dtype,
+               row_offset(problem_.k, rows_.batch, key, rows_.kv_head), head_dim_,
+               k_ + i * k_stride_);
+      load_row(problem_.v.data, problem_.v.dtype,
+               row_offset(problem_.v, rows_.batch, key, rows_.kv_head), value_dim_,
+               v_ + i * v_stride_);
+    }
+    const std::int64_t keys = rows_.keys.size() + 8;
+    std::fill_n(dk_, keys * k_stride_, 0.0F);
+    std::fill_n(dv_, keys * v_stride_, 0.0F);
+  }
+
+  void load_queries(const TileRows& rows) {
+    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      const std::int64_t head = rows.head[i];
+      const std::int64_t query = rows.query[i];
+      float* q = q_rows_ + lane * k_stride_;
+      float* grad_o = grad_o_rows_ + lane * v_stride_;
+      const float lse = statistic(call_.log_sum_exp, head, query);
+      if (lse == kMinusInfinity) {
+        // A row without keys: nothing of it may count, whatever its tensors hold.
+        std::fill_n(q, head_dim_, 0.0F);
+        std::fill_n(grad_o, value_dim_, 0.0F);
+        lse_[lane] = std::numeric_limits<float>::infinity();
+        delta_[lane] = 0.0F;
+        continue;
+      }
+      load_row(problem_.q.data, problem_.q.dtype, row_offset(problem_.q, rows_.batch, query, head),
+               head_dim_, q);
+      load_row(call_.grad_o.data, call_.grad_o.dtype,
+               row_offset(call_.grad_o, rows_.batch, query, head), value_dim_, grad_o);
+      lse_[lane] = lse;
+      delta_[lane] = statistic(call_.delta, head, query);
+    }
+    transpose(q_rows_, k_stride_, kTileLanes, head_dim_, q_, kTileLanes);
+    transpose(grad_o_rows_, v_stride_, kTileLanes, value_dim_, grad_o_, kTileLanes);
+    if (problem_.scale < 0.0F) {
+      for (std::int64_t i = 0; i < head_dim_ * kTileLanes; ++i) q_[i] = -q_[i];
+    }
+  }
+
+  float statistic(const ConstTensorView& view, std::int64_t head, std::int64_t query) const {
+    return static_cast<const float*>(view.data)[statistic_offset(view, rows_.batch, head, query)];
+  }
+
+  void add_queries(const TileRows& rows) {
+    load_queries(rows);
+    std::fill_n(dq_, head_dim_ * kTileLanes, 0.0F);
+    const std::int64_t vectors = (rows.count + kLanes - 1) / kLanes;
+    for (std::int64_t key = rows_.keys.begin; key < rows_.keys.end; key += kKeyTile) {
+      const Span keys{key, std::min(key + kKeyTile, rows_.keys.end)};
+      for (const KeyRun& run : runs_.find(slices_, rows.queries, keys)) {
+        add_run({problem_, rows_.batch, rows, vectors, run});
+      }
+    }
+  }
+
+  void add_run(const LogitsTile& tile) {
+    const std::int64_t keys = tile.run.keys.size();
+    const std::int64_t panels = round_up(keys, 8);
+    const std::int64_t first = tile.run.keys.begin - rows_.keys.begin;
+    const float* k = k_ + first * k_stride_;
+    const float* v = v_ + first * v_stride_;
+    gemm<Update::overwrite, Adjacent::steps>({panels, tile.vectors, head_dim_}, k, k_stride_, q_,
+                                             kTileLanes, p_, kTileLanes);
+    products_to_logits(tile, buffers_, p_);
+    recompute_probabilities(keys, tile.vectors, logit_factor(problem_), lse_, p_);
+    gemm<Update::overwrite, Adjacent::steps>({panels, tile.vectors, value_dim_}, v, v_stride_,
+                                             grad_o_, kTileLanes, ds_, kTileLanes);
+    const bool dropout = problem_.dropout.probability > 0.0F;
+    if (dropout) {
+      load_dropout_tile(problem_.dropout, rows_.batch, tile.rows, tile.vectors, tile.run.keys,
+                        buffers_.factor);
+      multiply_tile(keys, tile.vectors, buffers_.factor, ds_);
+    }
+    logit_gradient(keys, tile.vectors, p_, delta_, ds_);
+    if (dropout) multiply_tile(keys, tile.vectors, buffers_.factor, p_);
+    if (call_.grad_bias) {
+      add_pair_tile(call_.grad_bias, rows_.batch, tile.rows, tile.run.keys, ds_);
+    }
+    if (problem_.soft_cap > 0.0F) {
+      cap_gradient(keys, tile.vectors, buffers_.capped, problem_.soft_cap, ds_);
+    }
+    add_products(tile, first, panels);
+  }
+
+  // dV += P·dO, dK += dS·Q, dQᵀ += Kᵀ·dSᵀ. The first two write whole panels of keys: the rows
+  // beyond the run add zeros to their neighbours.
+  void add_products(const LogitsTile& tile, std::int64_t first, std::int64_t panels) {
+    const std::int64_t keys = tile.run.keys.size();
+    std::fill_n(p_ + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
+    std::fill_n(ds_ + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
+    const std::int64_t k_vectors = (head_dim_ + kLanes - 1) / kLanes;
+    const std::int64_t v_vectors = (value_dim_ + kLanes - 1) / kLanes;
+    gemm<Update::add, Adjacent::steps>({panels, v_vectors, tile.rows.count}, p_, kTileLanes,
+                                       grad_o_rows_, v_stride_, dv_ + first * v_stride_, v_stride_);
+    gemm<Update::add, Adjacent::steps>({panels, k_vectors, tile.rows.count}, ds_, kTileLanes,
+                                       q_rows_, k_stride_, dk_ + first * k_stride_, k_stride_);
+    if (!call_.grad_q) return;
+    gemm<Update::add, Adjacent::rows>({head_dim_, tile.vectors, keys}, k_ + first * k_stride_,
+                                      k_stride_, ds_, kTileLanes, dq_, kTileLanes);
+  }
+
+  void write_grad_q(std::int64_t first_row) {
+    const TileRows rows = rows_of_tile(rows_, first_row, kTileLanes);
+    transpose(dq_, kTileLanes, head_dim_, kTileLanes, q_rows_, k_stride_);
+    for (std::int64_t lane = 0; lane < rows.count; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      add_scaled(q_rows_ + lane * k_stride_, problem_.scale, head_dim_,
+                 static_cast<float*>(call_.grad_q.data) +
+                     row_offset(call_.grad_q, rows_.batch, rows.query[i], rows.head[i]));
+    }
+  }
+
+  void write_grad_keys() {
+    for (std::int64_t key = rows_.keys.begin; key < rows_.keys.end; ++key) {
+      const std::int64_t i = key - rows_.keys.begin;
+      if (call_.grad_k) {
+        add_scaled(dk_ + i * k_stride_, problem_.scale, head_dim_,
+                   static_cast<float*>(call_.grad_k.data) +
+                       row_offset(call_.grad_k, rows_.batch, key, rows_.kv_head));
+      }
+      if (call_.grad_v) {
+        add_scaled(dv_ + i * v_stride_, 1.0F, value_dim_,
+                   static_cast<float*>(call_.grad_v.data) +
+                       row_offset(call_.grad_v, rows_.batch, key, rows_.kv_head));
+      }
+    }
+  }
+
+  const BackwardCall& call_;
+  const AttentionProblem& problem_;
+  const RowBlock& rows_;
+  std::int64_t head_dim_;
+  std::int64_t value_dim_;
+  std::int64_t k_stride_;
+  std::int64_t v_stride_;
+  float* k_ = nullptr;  // [keys, head_dim], as dk
+  float* v_ = nullptr;  // [keys, value_dim], as dv
+  float* dk_ = nullptr;
+  float* dv_ = nullptr;
+  float* q_rows_ = nullptr;       // [lanes, head_dim]
+  float* grad_o_rows_ = nullptr;  // [lanes, value_dim]
+  float* q_ = nullptr;            // [head_dim, lanes], as dq
+  float* dq_ = nullptr;
+  float* grad_o_ = nullptr;  // [value_dim, lanes]
+  float* p_ = nullptr;       // [keys + panel, lanes], as ds
+  float* ds_ = nullptr;
+  float* lse_ = nullptr;    // [lanes]
+  float* delta_ = nullptr;  // [lanes]
+  PairBuffers buffers_;
+  std::vector<Slice> slices_;
+  KeyRuns runs_;
+};
+
+std::int64_t tile_rows_on_target() { return kTileLanes; }
+
+std::int64_t backward_scratch_on_target(const AttentionProblem& problem) {
+  return BackwardKeys::scratch_floats(problem);
+}
+
+void backward_keys_on_target(const BackwardCall& call, const RowBlock& rows, std::int64_t chunk,
+                             AccumulationOrder& order, Scratch& scratch) {
+  BackwardKeys(call, rows, scratch).compute(chunk, order);
+}
+
+}  // namespace
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace annulus::kernels {
+
+HWY_EXPORT(tile_rows_on_target);
+HWY_EXPORT(backward_scratch_on_target);
+HWY_EXPORT(backward_keys_on_target);
+
+std::int64_t backward_chunk_keys(const AttentionProblem& problem) {
+  return problem.head_dim() + problem.value_dim() <= 256 ? 4 * kKeyTile : 2 * kKeyTile;
+}
+
+std::int64_t backward_tile_rows() { return HWY_DYNAMIC_DISPATCH(tile_rows_on_target)(); }
+
+std::int64_t backward_scratch(const AttentionProblem& problem) {
+  return HWY_DYNAMIC_DISPATCH(backward_scratch_on_target)(problem);
+}
+
+void backward_keys(const BackwardCall& call, const RowBlock& rows, std::int64_t chunk,
+                   AccumulationOrder& order, Scratch& scratch) {
+  HWY_DYNAMIC_DISPATCH(backward_keys_on_target)(call, rows, chunk, order, scratch);
+}
+
+}  // namespace annulus::kernels
+#endif  // HWY_ONCE

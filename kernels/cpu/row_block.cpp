@@ -1,0 +1,29 @@
+#include "kernels/cpu/row_block.hpp"
+
+#include <algorithm>
+
+namespace annulus::kernels {
+
+Span heads_of_kv_head(const AttentionProblem& problem, std::int64_t kv_head) {
+  const std::int64_t group = problem.groups.group_size > 0 ? problem.groups.group_size
+                                                           : problem.q_heads() / problem.kv_heads();
+  const std::int64_t begin = kv_head * group - problem.groups.q_head_offset;
+  return intersect({begin, begin + group}, {0, problem.q_heads()});
+}
+
+TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t lanes) {
+  TileRows rows;
+  rows.first_row = first_row;
+  rows.count = std::min(lanes, block.rows() - first_row);
+  const std::int64_t heads = block.q_heads.size();
+  for (std::int64_t lane = 0; lane < lanes; ++lane) {
+    const std::int64_t row = std::min(first_row + lane, block.rows() - 1);
+    const auto i = static_cast<std::size_t>(lane);
+    rows.query[i] = block.queries.begin + row / heads;
+    rows.head[i] = block.q_heads.begin + row % heads;
+  }
+  rows.queries = {rows.query[0], rows.query[static_cast<std::size_t>(rows.count - 1)] + 1};
+  return rows;
+}
+
+}  // namespace annulus::kernels

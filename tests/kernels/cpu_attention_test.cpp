@@ -1,0 +1,257 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "kernels/cpu/targets.hpp"
+// clang-format off
+#include "hwy/targets.h"
+// clang-format on
+#include "kernels/element.hpp"
+#include "kernels/plain_attention.hpp"
+#include "kernels/random_attention.hpp"
+
+namespace annulus::testing {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// All that this processor runs, and the scalar fallback.
+std::vector<std::int64_t> dispatch_targets() {
+  hwy::SetSupportedTargetsForTest(0);
+  std::vector<std::int64_t> targets{HWY_STATIC_TARGET};
+  for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS & ~HWY_STATIC_TARGET; left != 0;
+       left &= left - 1) {
+    targets.push_back(left & -left);
+  }
+  return targets;
+}
+
+// Runs the kernels on one dispatch target while it lives.
+class OnTarget {
+ public:
+  explicit OnTarget(std::int64_t target) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(target);
+  }
+  ~OnTarget() {
+    hwy::SetSupportedTargetsForTest(0);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  }
+  OnTarget(const OnTarget&) = delete;
+  OnTarget& operator=(const OnTarget&) = delete;
+};
+
+double max_error(const std::vector<double>& x, const std::vector<double>& reference) {
+  double worst = 0.0;
+  for (std::size_t i = 0; i < reference.size(); ++i) {
+    const double error = x[i] == reference[i] ? 0.0 : std::abs(x[i] - reference[i]);
+    worst = std::isnan(error) ? kInfinity : std::max(worst, error);
+  }
+  return worst;
+}
+
+// 2·max|(ref + 0.3) − 0.3 − ref|, computed in the dtype, and eight roundings in f32 of the largest
+// value: with few elements plain attention may be right by luck.
+double absolute_tolerance(const std::vector<double>& reference, DType dtype) {
+  double worst = 0.0;
+  double largest = 1.0;
+  for (const double value : reference) {
+    if (std::isinf(value)) continue;
+    largest = std::max(largest, std::abs(value));
+    const auto round = [&](float x) {
+      if (dtype == DType::bf16) return bf16_to_float(float_to_bf16(x));
+      return dtype == DType::f16 ? f16_to_float(float_to_f16(x)) : x;
+    };
+    const float there = round(round(static_cast<float>(value)) + 0.3F);
+    worst = std::max(worst, std::abs(static_cast<double>(round(there - 0.3F)) - value));
+  }
+  return 2.0 * worst + 8.0 * 0x1p-24 * largest;
+}
+
+// FlashAttention's rule: the error may be twice that of plain attention in the same dtype.
+void expect_close(const char* what, const std::vector<double>& x,
+                  const std::vector<double>& reference, const std::vector<double>& plain,
+                  DType dtype, double factor) {
+  const double error = max_error(x, reference);
+  const double plain_error = max_error(plain, reference);
+  const double tolerance = factor * plain_error + absolute_tolerance(reference, dtype);
+  EXPECT_LE(error, tolerance) << what << ": plain attention's error is " << plain_error;
+}
+
+struct Expected {
+  std::vector<double> o, log_sum_exp, grad_q, grad_k, grad_v, grad_bias;
+  HostTensor lse, delta;  // f32, for the backward
+  PlainAttention plain;
+};
+
+Shape statistic_shape(const AttentionProblem& problem) {
+  return Shape{problem.batch(), problem.q_heads(), problem.seq_q()};
+}
+
+HostTensor zeros(DType dtype, const Shape& shape) {
+  const std::vector<int> order =
+      shape.rank() == 3 ? std::vector<int>{0, 1, 2} : std::vector<int>{0, 1, 2, 3};
+  HostTensor tensor(dtype, shape, order, 0);
+  tensor.fill(std::vector<double>(static_cast<std::size_t>(shape.elements()), 0.0));
+  return tensor;
+}
+
+Expected expect(const RandomAttention& random) {
+  const AttentionProblem& problem = random.problem;
+  Expected expected;
+  HostTensor o = zeros(DType::f64, random.grad_o.view().shape);
+  HostTensor lse = zeros(DType::f64, statistic_shape(problem));
+  attention_forward({problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}},
+                    "reference");
+  HostTensor delta = zeros(DType::f64, statistic_shape(problem));
+  attention_delta(std::as_const(o).view(), random.grad_o.view(), delta.view());
+  expected.o = o.values();
+  expected.log_sum_exp = lse.values();
+  expected.lse = zeros(DType::f32, statistic_shape(problem));
+  expected.lse.fill(expected.log_sum_exp);
+  expected.delta = zeros(DType::f32, statistic_shape(problem));
+  expected.delta.fill(delta.values());
+  HostTensor grad_q = zeros(DType::f64, problem.q.shape);
+  HostTensor grad_k = zeros(DType::f64, problem.k.shape);
+  HostTensor grad_v = zeros(DType::f64, problem.v.shape);
+  HostTensor grad_bias;
+  if (problem.bias) grad_bias = zeros(DType::f64, problem.bias.shape);
+  BackwardCall call{problem,
+                    random.grad_o.view(),
+                    std::as_const(lse).view(),
+                    std::as_const(delta).view(),
+                    grad_q.view(),
+                    grad_k.view(),
+                    grad_v.view(),
+                    grad_bias.view(),
+                    false,
+                    {}};
+  attention_backward(call, "reference");
+  expected.grad_q = grad_q.values();
+  expected.grad_k = grad_k.values();
+  expected.grad_v = grad_v.values();
+  if (problem.bias) expected.grad_bias = grad_bias.values();
+  expected.plain = plain_attention(problem, random.grad_o.view(), expected.lse.values(),
+                                   expected.delta.values());
+  return expected;
+}
+
+// The same slices, keys before and after a cut: what two steps of a ring would see.
+MaskSlices part_of(const MaskSlices& mask, std::int64_t seq_q, Span keys) {
+  MaskSlices part;
+  part.batch_offsets = mask.batch_offsets;
+  for (const Slice& slice : mask.slices) part.slices.push_back(clip(slice, {0, seq_q}, keys));
+  return part;
+}
+
+void forward_in_parts(const RandomAttention& random, std::uint64_t seed, TensorView o,
+                      TensorView lse) {
+  const AttentionProblem& problem = random.problem;
+  std::mt19937_64 draw(seed);
+  HostTensor accumulator(DType::f32, random.grad_o.view().shape, {0, 2, 1, 3}, 5);
+  HostTensor max(DType::f32, statistic_shape(problem), {0, 1, 2}, 3);
+  HostTensor sum(DType::f32, statistic_shape(problem), {0, 1, 2}, 0);
+  const std::int64_t cut = std::uniform_int_distribution<std::int64_t>(0, problem.seq_kv())(draw);
+  const std::vector<Span> parts{{0, cut}, {cut, problem.seq_kv()}};
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const MaskSlices slices = part_of(random.slices, problem.seq_q(), parts[i]);
+    ForwardCall call{problem,
+                     {accumulator.view(), max.view(), sum.view()},
+                     i == 0 ? ForwardCall::Start::fresh : ForwardCall::Start::resume,
+                     {},
+                     {},
+                     {}};
+    call.problem.mask = slices.view();
+    if (i + 1 == parts.size()) call.o = o, call.log_sum_exp = lse;
+    attention_forward(call, "cpu");
+  }
+  EXPECT_TRUE(accumulator.margins_intact() && max.margins_intact() && sum.margins_intact());
+}
+
+void check_forward(const RandomAttention& random, const Expected& expected, bool in_parts) {
+  const AttentionProblem& problem = random.problem;
+  HostTensor o(problem.q.dtype, random.grad_o.view().shape, {0, 1, 2, 3}, 7);
+  HostTensor lse(DType::f32, statistic_shape(problem), {0, 1, 2}, 3);
+  if (in_parts) {
+    forward_in_parts(random, 7, o.view(), lse.view());
+  } else {
+    attention_forward({problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}}, "cpu");
+  }
+  expect_close(in_parts ? "o in parts" : "o", o.values(), expected.o, expected.plain.o,
+               problem.q.dtype, random.rule_factor);
+  expect_close("log_sum_exp", lse.values(), expected.log_sum_exp, expected.plain.log_sum_exp,
+               DType::f32, random.rule_factor);
+  EXPECT_TRUE(o.margins_intact() && lse.margins_intact());
+}
+
+// Gradients are added to what is there: start from 1 everywhere.
+HostTensor ones(const Shape& shape, const std::vector<int>& order) {
+  HostTensor tensor(DType::f32, shape, order, 5);
+  tensor.fill(std::vector<double>(static_cast<std::size_t>(shape.elements()), 1.0));
+  return tensor;
+}
+
+std::vector<double> plus_one(std::vector<double> values) {
+  for (double& value : values) value += 1.0;
+  return values;
+}
+
+void check_backward(const RandomAttention& random, const Expected& expected) {
+  const AttentionProblem& problem = random.problem;
+  HostTensor grad_q = ones(problem.q.shape, {0, 2, 1, 3});
+  HostTensor grad_k = ones(problem.k.shape, {0, 1, 2, 3});
+  HostTensor grad_v = ones(problem.v.shape, {2, 0, 1, 3});
+  HostTensor grad_bias;
+  if (problem.bias) grad_bias = ones(problem.bias.shape, {0, 1, 2, 3});
+  BackwardCall call{problem,
+                    random.grad_o.view(),
+                    expected.lse.view(),
+                    expected.delta.view(),
+                    grad_q.view(),
+                    grad_k.view(),
+                    grad_v.view(),
+                    grad_bias.view(),
+                    true,
+                    {}};
+  attention_backward(call, "cpu");
+  const auto check = [&](const char* what, const HostTensor& x,
+                         const std::vector<double>& reference, const std::vector<double>& plain) {
+    expect_close(what, x.values(), plus_one(reference), plus_one(plain), problem.q.dtype,
+                 random.rule_factor);
+    EXPECT_TRUE(x.margins_intact()) << what;
+  };
+  check("grad_q", grad_q, expected.grad_q, expected.plain.grad_q);
+  check("grad_k", grad_k, expected.grad_k, expected.plain.grad_k);
+  check("grad_v", grad_v, expected.grad_v, expected.plain.grad_v);
+  if (problem.bias) {
+    check("grad_bias", grad_bias, expected.grad_bias, expected.plain.grad_bias);
+  }
+}
+
+constexpr std::uint64_t kShards = 16;
+constexpr std::uint64_t kProblemsOfShard = 128;  // 2,048 in all
+
+class CpuAttentionFuzz : public ::testing::TestWithParam<std::uint64_t> {};
+
+TEST_P(CpuAttentionFuzz, EveryTargetMeetsTheAcceptanceRule) {
+  for (std::uint64_t i = 0; i < kProblemsOfShard; ++i) {
+    const RandomAttention random(test_seed() + GetParam() * kProblemsOfShard + i);
+    const Expected expected = expect(random);
+    for (const std::int64_t target : dispatch_targets()) {
+      SCOPED_TRACE(std::string(hwy::TargetName(target)) + ", " + random.description);
+      const OnTarget on_target(target);
+      check_forward(random, expected, false);
+      check_forward(random, expected, true);
+      check_backward(random, expected);
+    }
+    if (HasFailure()) return;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shards, CpuAttentionFuzz, ::testing::Range(std::uint64_t{0}, kShards));
+
+}  // namespace
+}  // namespace annulus::testing
