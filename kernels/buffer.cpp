@@ -21,6 +21,16 @@ void* allocate_host(std::int64_t bytes) {
   return data;
 }
 
+// The bits of strided elements: a way through double would lose large integers and NaN payloads.
+void copy_elements(const void* from, std::int64_t from_stride, void* to, std::int64_t to_stride,
+                   std::int64_t count, std::int64_t bytes) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::memcpy(static_cast<char*>(to) + i * to_stride * bytes,
+                static_cast<const char*>(from) + i * from_stride * bytes,
+                static_cast<std::size_t>(bytes));
+  }
+}
+
 // Copies the dimensions from `dim` on, row by row; the last one in a tight loop.
 void copy_host(ConstTensorView from, TensorView to, int dim) {
   if (dim + 1 < from.rank()) {
@@ -35,6 +45,9 @@ void copy_host(ConstTensorView from, TensorView to, int dim) {
   if (from.dtype == to.dtype && from_stride == 1 && to_stride == 1) {
     std::memcpy(to.data, from.data, static_cast<std::size_t>(count * size_bytes(from.dtype)));
     return;
+  }
+  if (from.dtype == to.dtype) {
+    return copy_elements(from.data, from_stride, to.data, to_stride, count, size_bytes(to.dtype));
   }
   for (std::int64_t i = 0; i < count; ++i) {
     store_element(to.data, to.dtype, i * to_stride,
