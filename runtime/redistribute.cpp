@@ -46,7 +46,14 @@ View in_place(View shard, const ShardTransfer& transfer, std::int64_t Segment1d:
   return shard.is_contiguous() ? shard : View{};
 }
 
-/// A message to or from another rank: a part of the shard itself, or memory beside it.
+/// Where messages lie, and in which order work on them runs.
+struct Place {
+  Device device = Device::cpu;
+  Stream stream;
+};
+
+/// A message to or from another rank: a part of the shard itself, or memory beside it where the
+/// communicator wants it.
 template <typename View>
 struct Message {
   const ShardTransfer* transfer = nullptr;
@@ -54,10 +61,11 @@ struct Message {
   Tensor beside;
 
   Message(const View& shard, const ShardTransfer& what, std::int64_t Segment1d::*side,
-          Stream stream)
-      : transfer(&what), view(in_place(shard, what, side)) {
+          const Place& place)
+      : transfer(&what) {
+    if (shard.device == place.device) view = in_place(shard, what, side);
     if (view) return;
-    beside = Tensor(shard.dtype, what.message_shape(), shard.device, stream);
+    beside = Tensor(shard.dtype, what.message_shape(), place.device, place.stream);
     view = beside.view();
   }
 
@@ -66,35 +74,39 @@ struct Message {
 
 std::vector<Message<ConstTensorView>> pack(const ConstTensorView& shard,
                                            const std::vector<ShardTransfer>& transfers, int rank,
-                                           Stream stream) {
+                                           const Place& place) {
   std::vector<Message<ConstTensorView>> messages;
   for (const ShardTransfer& send : transfers) {
     if (send.peer == rank) continue;
-    Message<ConstTensorView>& message =
-        messages.emplace_back(shard, send, &Segment1d::from, stream);
+    auto& message = messages.emplace_back(shard, send, &Segment1d::from, place);
     if (!message.beside) continue;
-    copy_product(shard, message.beside.view(), packed(send.segments, &Segment1d::to), 0, stream);
+    copy_product(shard, message.beside.view(), packed(send.segments, &Segment1d::to), 0,
+                 place.stream);
   }
+  // A host communicator reads at once what a device wrote.
+  if (shard.device != place.device) synchronize(shard.device, place.stream);
   return messages;
 }
 
 std::vector<Message<TensorView>> expect(const TensorView& shard,
                                         const std::vector<ShardTransfer>& transfers, int rank,
-                                        Stream stream) {
+                                        const Place& place) {
   std::vector<Message<TensorView>> messages;
   for (const ShardTransfer& receive : transfers) {
-    if (receive.peer != rank) messages.emplace_back(shard, receive, &Segment1d::to, stream);
+    if (receive.peer != rank) messages.emplace_back(shard, receive, &Segment1d::to, place);
   }
   return messages;
 }
 
 void unpack(const std::vector<Message<TensorView>>& messages, const TensorView& shard,
-            Stream stream) {
+            const Place& place) {
   for (const Message<TensorView>& message : messages) {
     if (!message.beside) continue;
     copy_product(message.view, shard, packed(message.transfer->segments, &Segment1d::from), 0,
-                 stream);
+                 place.stream);
   }
+  // Host messages go away before the device has read them.
+  if (shard.device != place.device) synchronize(shard.device, place.stream);
 }
 
 void check(const DistributedTensor& from, const DistributedTensor& to, const Communicator& ranks) {
@@ -113,8 +125,9 @@ void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Com
                        Stream stream) {
   check(from, to, ranks);
   const Redistribution plan = plan_redistribution(from.layout(), to.layout(), ranks.rank());
-  const auto outgoing = pack(from.local(), plan.sends, ranks.rank(), stream);
-  const auto incoming = expect(to.local(), plan.receives, ranks.rank(), stream);
+  const Place place{ranks.device(), stream};
+  const auto outgoing = pack(from.local(), plan.sends, ranks.rank(), place);
+  const auto incoming = expect(to.local(), plan.receives, ranks.rank(), place);
   std::vector<Send> sends;
   for (const auto& message : outgoing) {
     sends.push_back({message.transfer->peer, message.view.data, message.bytes()});
@@ -129,7 +142,7 @@ void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Com
     copy_product(from.local(), to.local(), kept.segments, 0, stream);
   }
   exchange->wait(stream);
-  unpack(incoming, to.local(), stream);
+  unpack(incoming, to.local(), place);
 }
 
 DistributedTensor redistribute(const DistributedTensor& from, const TensorLayout& to,
