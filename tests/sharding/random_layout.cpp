@@ -1,4 +1,4 @@
-#include "sharding/random_layout.hpp"
+#include "tests/sharding/random_layout.hpp"
 
 #include <algorithm>
 #include <array>

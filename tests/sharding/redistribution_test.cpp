@@ -8,7 +8,7 @@
 #include <set>
 
 #include "kernels/error.hpp"
-#include "sharding/random_layout.hpp"
+#include "tests/sharding/random_layout.hpp"
 
 namespace annulus {
 namespace {

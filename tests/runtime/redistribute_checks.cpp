@@ -1,0 +1,127 @@
+#include "tests/runtime/redistribute_checks.hpp"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "runtime/redistribute.hpp"
+#include "sharding/redistribution.hpp"
+#include "tests/sharding/random_layout.hpp"
+
+namespace annulus::testing {
+namespace {
+
+using Bytes = std::vector<std::uint8_t>;
+
+/// The bytes of an element follow from its global number: NaNs and huge integers among them.
+std::uint64_t pattern(std::uint64_t number) {
+  std::uint64_t x = number + 0x9E3779B97F4A7C15U;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9U;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBU;
+  return x ^ (x >> 31);
+}
+
+Bytes expected_bytes(const TensorLayout& layout, int rank, DType dtype) {
+  const Shape local = layout.local_shape(rank);
+  const auto bytes = static_cast<std::size_t>(size_bytes(dtype));
+  Bytes result(static_cast<std::size_t>(local.elements()) * bytes);
+  for (std::int64_t i = 0; i < local.elements(); ++i) {
+    std::int64_t rest = i, number = 0, stride = 1;
+    for (int dim = local.rank() - 1; dim >= 0; --dim) {
+      number += layout.global_index(rank, dim, rest % local[dim]) * stride;
+      stride *= layout.global_shape()[dim];
+      rest /= local[dim];
+    }
+    const std::uint64_t bits = pattern(static_cast<std::uint64_t>(number));
+    std::memcpy(result.data() + static_cast<std::size_t>(i) * bytes, &bits, bytes);
+  }
+  return result;
+}
+
+/// A poisoned shard; with `turned` its first and last dimensions are exchanged in memory.
+DistributedTensor poisoned(const TensorLayout& layout, int rank, DType dtype, bool turned) {
+  Shape shape = layout.local_shape(rank);
+  const int last = shape.rank() - 1;
+  if (turned) std::swap(shape[0], shape[last]);
+  Buffer buffer(Device::cpu, std::max<std::int64_t>(shape.elements() * size_bytes(dtype), 1));
+  fill_bytes(buffer.data(), Device::cpu, 0xA5, buffer.bytes());
+  const TensorView memory(buffer.data(), dtype, shape);
+  const TensorView view = turned ? memory.transposed(0, last) : memory;
+  return {Tensor(std::move(buffer), view), layout, rank};
+}
+
+void write(const Bytes& bytes, DistributedTensor& tensor) {
+  const TensorView view = tensor.local();
+  copy(ConstTensorView(bytes.data(), view.dtype, view.shape), view);
+}
+
+Bytes read(const DistributedTensor& tensor) {
+  const ConstTensorView view = tensor.local();
+  Bytes bytes(static_cast<std::size_t>(view.shape.elements() * size_bytes(view.dtype)));
+  copy(view, TensorView(bytes.data(), view.dtype, view.shape));
+  return bytes;
+}
+
+std::int64_t bytes_to_others(const TensorLayout& from, const TensorLayout& to, int rank,
+                             DType dtype) {
+  std::int64_t elements = 0;
+  for (const ShardTransfer& send : plan_redistribution(from, to, rank).sends) {
+    if (send.peer != rank) elements += send.message_shape().elements();
+  }
+  return elements * size_bytes(dtype);
+}
+
+void check_trip(Communicator& ranks, const DistributedTensor& from, DistributedTensor& to) {
+  const std::int64_t before = ranks.bytes_sent();
+  redistribute_into(from, to, ranks);
+  EXPECT_EQ(ranks.bytes_sent() - before,
+            bytes_to_others(from.layout(), to.layout(), ranks.rank(), from.dtype()));
+  EXPECT_EQ(read(to), expected_bytes(to.layout(), ranks.rank(), to.dtype()));
+}
+
+void check_gather(Communicator& ranks, const DistributedTensor& tensor, int root) {
+  const Mesh& mesh = tensor.layout().mesh();
+  const auto whole = expected_bytes(TensorLayout::only_on(root, tensor.global_shape(), mesh), root,
+                                    tensor.dtype());
+  const auto bytes_of = [&](const Tensor& gathered) {
+    const auto* data = static_cast<const std::uint8_t*>(gathered.view().data);
+    return Bytes(data, data + whole.size());
+  };
+  const Tensor all = gather(tensor, ranks);
+  EXPECT_EQ(bytes_of(all), whole);
+  const Tensor one = gather(tensor, ranks, root);
+  EXPECT_EQ(static_cast<bool>(one), ranks.rank() == root);
+  if (one) {
+    EXPECT_EQ(bytes_of(one), whole);
+  }
+}
+
+}  // namespace
+
+void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int trials) {
+  constexpr std::array kDTypes = {DType::f32, DType::f16, DType::bf16, DType::f64,
+                                  DType::u8,  DType::i32, DType::i64};
+  std::mt19937_64 random(seed);
+  for (int trial = 0; trial < trials; ++trial) {
+    const DType dtype = kDTypes[static_cast<std::size_t>(trial) % kDTypes.size()];
+    const Shape shape = random_shape(random);
+    const TensorLayout a = random_layout(shape, ranks.size(), random);
+    const TensorLayout b = random_layout(shape, ranks.size(), random);
+    SCOPED_TRACE(fmt::format("seed {} trial {} rank {}: {} {} -> {}", seed, trial, ranks.rank(),
+                             name(dtype), a.to_string(), b.to_string()));
+    DistributedTensor first = poisoned(a, ranks.rank(), dtype, random() % 2 == 0);
+    DistributedTensor second = poisoned(b, ranks.rank(), dtype, random() % 2 == 0);
+    DistributedTensor back = poisoned(a, ranks.rank(), dtype, random() % 2 == 0);
+    write(expected_bytes(a, ranks.rank(), dtype), first);
+    check_trip(ranks, first, second);
+    check_trip(ranks, second, back);
+    check_gather(ranks, back, static_cast<int>(random() % static_cast<unsigned>(ranks.size())));
+    if (::testing::Test::HasFailure()) return;
+  }
+}
+
+}  // namespace annulus::testing
