@@ -1,0 +1,29 @@
+#pragma once
+
+#include "sharding/execution.hpp"
+
+namespace annulus {
+
+/// Collects what an execution costs besides its computation, and adds it to the caller's report.
+class ExecutionAccounting {
+ public:
+  ExecutionAccounting(const Communicator& ranks, const ExecuteOptions& options)
+      : ranks_(ranks), options_(options), bytes_before_(ranks.bytes_sent()) {}
+
+  double& exposed_seconds() { return exposed_seconds_; }
+  /// `buffer_bytes`: the most that the execution held at a time.
+  void close(std::int64_t buffer_bytes) {
+    if (options_.report == nullptr) return;
+    options_.report->exposed_seconds += exposed_seconds_;
+    options_.report->bytes_sent += ranks_.bytes_sent() - bytes_before_;
+    options_.report->buffer_bytes += buffer_bytes;
+  }
+
+ private:
+  const Communicator& ranks_;
+  const ExecuteOptions& options_;
+  std::int64_t bytes_before_;
+  double exposed_seconds_ = 0.0;
+};
+
+}  // namespace annulus

@@ -1,0 +1,215 @@
+#include "sharding/kv_feed.hpp"
+
+#include <algorithm>
+
+#include "kernels/error.hpp"
+
+namespace annulus {
+namespace {
+
+// More pieces than this are gathered into the buffer: a kernel call for each would cost more.
+constexpr std::size_t kPiecesInPlace = 4;
+
+std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+bool rows_are_contiguous(const ConstTensorView& view) {
+  return view.strides[3] == 1 && view.strides[2] == view.shape[3] &&
+         view.strides[1] == view.shape[2] * view.shape[3];
+}
+
+TensorView writable(const ConstTensorView& view) {
+  return {const_cast<void*>(view.data), view.dtype, view.shape, view.strides, view.device};
+}
+
+template <typename Visit>
+void for_each_batch_row(const Piece& piece, std::int64_t batch, Visit visit) {
+  if (piece.batch != Piece::kEveryBatch) return visit(piece.batch);
+  for (std::int64_t b = 0; b < batch; ++b) visit(b);
+}
+
+}  // namespace
+
+std::int64_t kv_bytes(const Shape& k, const Shape& v, DType dtype) {
+  return aligned(k.elements() * size_bytes(dtype)) + v.elements() * size_bytes(dtype);
+}
+
+KvViews kv_views(void* memory, const Shape& k, const Shape& v, DType dtype, Device device) {
+  auto* values = static_cast<std::byte*>(memory) + aligned(k.elements() * size_bytes(dtype));
+  return {TensorView(memory, dtype, k, device), TensorView(values, dtype, v, device)};
+}
+
+RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows) {
+  const std::int64_t element = size_bytes(view.dtype);
+  const std::int64_t offset = batch * view.strides[0] + rows.begin * view.strides[1];
+  return {static_cast<std::byte*>(view.data) + offset * element,
+          rows.size() * view.strides[1] * element};
+}
+
+KvFeed::KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
+               const ConstTensorView& v, const ExecuteOptions& options, Stream stream)
+    : ranks_(ranks), plan_(plan), k_(k), v_(v), stream_(stream), batch_(k.shape[0]) {
+  require(ranks.size() == plan.groups() && ranks.rank() == plan.group(), ExitCode::internal,
+          "{}: rank {} of {} runs the plan of rank {} of {}", name(plan.scheme()), ranks.rank(),
+          ranks.size(), plan.group(), plan.groups());
+  if (ranks.size() == 1) return;
+  if (options.in_place && k.device == Device::cpu) share();
+  if (!sends_to(false)) return;
+  if (rows_are_contiguous(k_) && rows_are_contiguous(v_)) {
+    sent_ = {writable(k_), writable(v_)};
+    return;
+  }
+  packed_ = Buffer(k_.device, kv_bytes(k_.shape, v_.shape, k_.dtype), stream_);
+  sent_ = kv_views(packed_.data(), k_.shape, v_.shape, k_.dtype, k_.device);
+  copy(k_, sent_.k, stream_);
+  copy(v_, sent_.v, stream_);
+}
+
+bool KvFeed::sends_to(bool readable_peers) const {
+  for (const Stage& stage : plan_.stages()) {
+    for (const Transfer& transfer : stage.sends) {
+      if (readable(transfer.peer) == readable_peers) return true;
+    }
+  }
+  return false;
+}
+
+void KvFeed::share() {
+  const std::byte mine{sends_to(false) ? std::uint8_t{1} : std::uint8_t{0}};
+  std::vector<std::byte> all(static_cast<std::size_t>(ranks_.size()));
+  ranks_.all_gather({&mine, 1}, all);
+  if (std::count(all.begin(), all.end(), std::byte{1}) == 0) return;
+  window_ = ranks_.expose(kv_bytes(k_.shape, v_.shape, k_.dtype));
+  const KvViews shared = kv_views(window_->local(), k_.shape, v_.shape, k_.dtype, k_.device);
+  std::vector<Span> wanted;
+  for (const Stage& stage : plan_.stages()) {
+    for (const Transfer& transfer : stage.sends) {
+      if (!readable(transfer.peer)) continue;
+      for (const Piece& piece : transfer.pieces) wanted.push_back(piece.rows);
+    }
+  }
+  std::sort(wanted.begin(), wanted.end(), [](Span a, Span b) { return a.begin < b.begin; });
+  std::int64_t done = 0;
+  for (const Span span : wanted) {
+    const Span rows{std::max(span.begin, done), span.end};
+    if (rows.empty()) continue;
+    copy(k_.slice(1, rows), shared.k.slice(1, rows));
+    copy(v_.slice(1, rows), shared.v.slice(1, rows));
+    done = rows.end;
+  }
+  window_->fence();
+}
+
+KvViews KvFeed::peer_views(int peer) const {
+  Shape k = k_.shape;
+  Shape v = v_.shape;
+  k[1] = v[1] = plan_.kv_layout().rows(peer);
+  return kv_views(const_cast<void*>(window_->peer(peer)), k, v, k_.dtype, k_.device);
+}
+
+bool KvFeed::in_place(const Stage& stage) const {
+  if (stage.number == 0 || stage.receives.empty() || plan_.request().block_rows > 0) return false;
+  std::size_t pieces = 0;
+  for (const Transfer& transfer : stage.receives) {
+    if (!readable(transfer.peer)) return false;
+    pieces += transfer.pieces.size();
+  }
+  return pieces <= kPiecesInPlace;
+}
+
+void KvFeed::prepare_buffer(const Stage& stage) {
+  Slot& slot = slot_of(stage);
+  Shape k = k_.shape;
+  Shape v = v_.shape;
+  k[1] = v[1] = plan_.max_buffer_rows();
+  const std::int64_t bytes = kv_bytes(k, v, k_.dtype);
+  if (slot.memory.bytes() < bytes) slot.memory = Buffer(k_.device, bytes, stream_);
+  k[1] = v[1] = stage.buffer_rows;
+  slot.views = kv_views(slot.memory.data(), k, v, k_.dtype, k_.device);
+}
+
+void KvFeed::start(const Stage& stage) {
+  if (stage.number == 0) return;
+  Slot& slot = slot_of(stage);
+  std::vector<Send> sends;
+  std::vector<Receive> receives;
+  for (const Transfer& transfer : stage.sends) {
+    if (readable(transfer.peer)) continue;
+    for (const Piece& piece : transfer.pieces) {
+      for_each_batch_row(piece, batch_, [&](std::int64_t b) {
+        for (const TensorView& view : {sent_.k, sent_.v}) {
+          const RowBytes rows = rows_of(view, b, piece.rows);
+          sends.push_back({transfer.peer, rows.data, rows.bytes});
+        }
+      });
+    }
+  }
+  if (!in_place(stage) && stage.buffer_rows > 0) prepare_buffer(stage);
+  for (const Transfer& transfer : stage.receives) {
+    if (readable(transfer.peer)) continue;
+    for (const Piece& piece : transfer.pieces) {
+      const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
+      for_each_batch_row(piece, batch_, [&](std::int64_t b) {
+        for (const TensorView& view : {slot.views.k, slot.views.v}) {
+          const RowBytes rows = rows_of(view, b, held);
+          receives.push_back({transfer.peer, rows.data, rows.bytes});
+        }
+      });
+    }
+  }
+  if (!sends.empty() || !receives.empty()) {
+    slot.exchange = ranks_.exchange(sends, receives, stream_);
+  }
+}
+
+void KvFeed::wait(const Stage& stage) {
+  Slot& slot = slot_of(stage);
+  if (slot.exchange != nullptr) slot.exchange->wait(stream_);
+  slot.exchange.reset();
+  if (stage.number > 0 && !in_place(stage)) copy_readable(stage);
+}
+
+void KvFeed::progress() {
+  for (Slot& slot : slots_) {
+    if (slot.exchange != nullptr) slot.exchange->test();
+  }
+}
+
+void KvFeed::copy_readable(const Stage& stage) {
+  for (const Transfer& transfer : stage.receives) {
+    if (!readable(transfer.peer)) continue;
+    const KvViews from = peer_views(transfer.peer);
+    const KvViews& to = slot_of(stage).views;
+    for (const Piece& piece : transfer.pieces) {
+      const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
+      const Span batch =
+          piece.batch == Piece::kEveryBatch ? Span{0, batch_} : Span{piece.batch, piece.batch + 1};
+      copy(from.k.slice(0, batch).slice(1, piece.rows), to.k.slice(0, batch).slice(1, held));
+      copy(from.v.slice(0, batch).slice(1, piece.rows), to.v.slice(0, batch).slice(1, held));
+    }
+  }
+}
+
+std::pair<ConstTensorView, ConstTensorView> KvFeed::views(const Stage& stage,
+                                                          const StagePart& part) const {
+  ConstTensorView k = k_;
+  ConstTensorView v = v_;
+  Span rows = part.rows;
+  if (part.peer >= 0) {
+    const KvViews peer = peer_views(part.peer);
+    k = peer.k;
+    v = peer.v;
+    rows = {part.peer_row, part.peer_row + part.rows.size()};
+  } else if (stage.number > 0) {
+    k = slot_of(stage).views.k;
+    v = slot_of(stage).views.v;
+  }
+  return {k.slice(0, part.batch).slice(1, rows), v.slice(0, part.batch).slice(1, rows)};
+}
+
+std::int64_t KvFeed::buffer_bytes() const {
+  std::int64_t bytes = packed_.bytes() + slots_[0].memory.bytes() + slots_[1].memory.bytes();
+  if (window_ != nullptr) bytes += kv_bytes(k_.shape, v_.shape, k_.dtype);
+  return bytes;
+}
+
+}  // namespace annulus

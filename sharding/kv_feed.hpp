@@ -1,0 +1,86 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/buffer.hpp"
+#include "sharding/execution.hpp"
+#include "sharding/stage_parts.hpp"
+
+namespace annulus {
+
+/// [batch, rows, heads, dim] of contiguous memory for keys, and the same for values behind it.
+struct KvViews {
+  TensorView k;
+  TensorView v;
+};
+/// Bytes of both; values start at a multiple of 64.
+std::int64_t kv_bytes(const Shape& k, const Shape& v, DType dtype);
+KvViews kv_views(void* memory, const Shape& k, const Shape& v, DType dtype, Device device);
+
+/// Rows [rows) of one batch row, in elements of memory that is contiguous from row to row.
+struct RowBytes {
+  void* data = nullptr;
+  std::int64_t bytes = 0;
+};
+RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows);
+
+/// Brings each stage's KV rows to this rank and gives its own to others.
+///
+/// Received rows lie in two buffers that take turns. Peers whose memory can be read are not sent
+/// messages: their rows are read where they lie, or copied into the buffer when the caller wants
+/// them in one piece.
+class KvFeed {
+ public:
+  /// Collective when `in_place` is asked for.
+  KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
+         const ConstTensorView& v, const ExecuteOptions& options, Stream stream);
+
+  /// Starts to move the rows of a stage; its buffer must not be in use.
+  void start(const Stage& stage);
+  /// Returns when they are there.
+  void wait(const Stage& stage);
+  /// Moves transfers on; cheap.
+  void progress();
+
+  /// True when the stage's rows are read where they lie: its parts are then pieces.
+  bool in_place(const Stage& stage) const;
+  /// Keys and values of a part's rows, for its batch rows.
+  std::pair<ConstTensorView, ConstTensorView> views(const Stage& stage,
+                                                    const StagePart& part) const;
+  std::int64_t buffer_bytes() const;
+
+ private:
+  struct Slot {
+    Buffer memory;
+    KvViews views;
+    std::unique_ptr<Exchange> exchange;
+  };
+
+  /// Makes the rows that peers want readable for those of them that can read. Collective.
+  void share();
+  bool sends_to(bool readable_peers) const;
+  bool readable(int peer) const { return window_ != nullptr && window_->peer(peer) != nullptr; }
+  KvViews peer_views(int peer) const;
+  Slot& slot_of(const Stage& stage) { return slots_[static_cast<std::size_t>(stage.number % 2)]; }
+  const Slot& slot_of(const Stage& stage) const {
+    return slots_[static_cast<std::size_t>(stage.number % 2)];
+  }
+  void prepare_buffer(const Stage& stage);
+  void copy_readable(const Stage& stage);
+
+  Communicator& ranks_;
+  const AttentionPlan& plan_;
+  ConstTensorView k_;  // of this rank
+  ConstTensorView v_;
+  Stream stream_;
+  std::int64_t batch_ = 0;
+  Buffer packed_;
+  KvViews sent_;  // the same in contiguous rows, where messages are sent
+  std::unique_ptr<Window> window_;
+  std::array<Slot, 2> slots_;
+};
+
+}  // namespace annulus

@@ -1,0 +1,113 @@
+#include "sharding/ring.hpp"
+
+#include "sharding/execution_accounting.hpp"
+#include "sharding/gradient_return.hpp"
+#include "sharding/kv_feed.hpp"
+#include "sharding/stage_compute.hpp"
+
+namespace annulus {
+namespace {
+
+// The stages of a plan by number. Ranks without work in a stage go through its number all the same:
+// messages between two ranks are matched by the order in which both post them.
+class Schedule {
+ public:
+  explicit Schedule(const AttentionPlan& plan) : plan_(plan) {
+    for (const Stage& stage : plan.stages()) {
+      stages_.resize(static_cast<std::size_t>(stage.number) + 1, nullptr);
+      stages_.back() = &stage;
+    }
+  }
+  int count() const { return static_cast<int>(stages_.size()); }
+  const Stage* at(int number) const {
+    return 0 <= number && number < count() ? stages_[static_cast<std::size_t>(number)] : nullptr;
+  }
+  /// The last stage that computes anything; -1: none does.
+  int last_with_work() const {
+    int last = -1;
+    for (const Stage& stage : plan_.stages()) {
+      if (!stage.slices.slices.empty()) last = stage.number;
+    }
+    return last;
+  }
+
+ private:
+  const AttentionPlan& plan_;
+  std::vector<const Stage*> stages_;
+};
+
+std::vector<StagePart> parts_for(const Stage& stage, const AttentionProblem& problem,
+                                 const KvFeed& feed) {
+  return parts_of(stage, problem.batch(),
+                  feed.in_place(stage) ? Granularity::piece : granularity_of(problem));
+}
+
+}  // namespace
+
+void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
+                  const ExecuteOptions& options) {
+  ExecutionAccounting accounting(ranks, options);
+  const Schedule schedule(plan);
+  const AttentionProblem& problem = local.problem;
+  KvFeed feed = [&] {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
+  }();
+  ForwardPass pass(local, plan.q_layout().runs(plan.group()), options);
+  const int last = schedule.last_with_work();
+  for (int number = 0; number < schedule.count(); ++number) {
+    {
+      const ScopedTimer timer(accounting.exposed_seconds());
+      if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
+      if (schedule.at(number) != nullptr) feed.wait(*schedule.at(number));
+    }
+    if (schedule.at(number) == nullptr) continue;
+    const Stage& stage = *schedule.at(number);
+    const std::vector<StagePart> parts = parts_for(stage, problem, feed);
+    for (const StagePart& part : parts) {
+      const auto [k, v] = feed.views(stage, part);
+      pass.add(part, k, v, number == last && &part == &parts.back());
+      feed.progress();
+    }
+  }
+  pass.finish();
+  accounting.close(feed.buffer_bytes() + pass.buffer_bytes());
+}
+
+void ring_backward(Communicator& ranks, const AttentionPlan& plan, const BackwardCall& local,
+                   const ExecuteOptions& options) {
+  ExecutionAccounting accounting(ranks, options);
+  const Schedule schedule(plan);
+  const AttentionProblem& problem = local.problem;
+  KvFeed feed = [&] {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
+  }();
+  GradientReturn back(ranks, plan, local.grad_k, local.grad_v, local.stream);
+  BackwardPass pass(local, plan.q_layout().runs(plan.group()), options);
+  for (int number = 0; number <= schedule.count(); ++number) {
+    const Stage* stage = schedule.at(number);
+    {
+      const ScopedTimer timer(accounting.exposed_seconds());
+      if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
+      if (stage != nullptr) feed.wait(*stage);
+    }
+    KvViews gradients{local.grad_k, local.grad_v};
+    if (stage != nullptr && number > 0) gradients = back.gradients(*stage);
+    if (stage != nullptr) {
+      for (const StagePart& part : parts_for(*stage, problem, feed)) {
+        const auto [k, v] = feed.views(*stage, part);
+        pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
+                 gradients.v.slice(0, part.batch).slice(1, part.rows));
+        feed.progress();
+        back.progress();
+      }
+    }
+    const ScopedTimer timer(accounting.exposed_seconds());
+    if (schedule.at(number - 1) != nullptr && number > 1) back.finish(*schedule.at(number - 1));
+    if (stage != nullptr && number > 0) back.start(*stage);
+  }
+  accounting.close(feed.buffer_bytes() + back.buffer_bytes());
+}
+
+}  // namespace annulus

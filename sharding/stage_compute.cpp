@@ -1,0 +1,154 @@
+#include "sharding/stage_compute.hpp"
+
+namespace annulus {
+namespace {
+
+template <typename View>
+View batch_slice(const View& view, Span batch) {
+  return view && view.shape[0] > 1 ? view.slice(0, batch) : view;
+}
+
+template <typename View>
+View head_slice(const View& view, Span heads) {
+  return view && view.shape[1] > 1 ? view.slice(1, heads) : view;
+}
+
+// The batch rows and key columns of a part, of a tensor over all columns.
+template <typename View>
+View columns_of(const View& view, const StagePart& part) {
+  if (!view) return view;
+  return batch_slice(view, part.batch)
+      .slice(3, {part.column_begin, part.column_begin + part.rows.size()});
+}
+
+AttentionProblem problem_of(const AttentionProblem& local, const StagePart& part,
+                            const ConstTensorView& k, const ConstTensorView& v,
+                            std::span<const PositionRun> q_positions) {
+  AttentionProblem problem = local;
+  problem.q = local.q.slice(0, part.batch);
+  problem.k = k;
+  problem.v = v;
+  problem.mask = part.slices.view();
+  problem.bias = columns_of(local.bias, part);
+  problem.dense_mask = columns_of(local.dense_mask, part);
+  problem.dropout.batch_begin += part.batch.begin;
+  problem.dropout.q_positions = q_positions;
+  problem.dropout.k_positions = part.positions;
+  return problem;
+}
+
+double& compute_seconds(const ExecuteOptions& options) {
+  thread_local double unused = 0.0;
+  return options.report == nullptr ? unused : options.report->compute_seconds;
+}
+
+}  // namespace
+
+Granularity granularity_of(const AttentionProblem& problem) {
+  if (problem.bias || problem.dense_mask) return Granularity::run;
+  return problem.dropout.probability > 0.0F ? Granularity::positions : Granularity::stage;
+}
+
+AttentionProblem with_heads(const AttentionProblem& problem, Span q_heads, Span kv_heads,
+                            const HeadGroups& groups) {
+  AttentionProblem some = problem;
+  some.q = problem.q.slice(2, q_heads);
+  some.k = problem.k.slice(2, kv_heads);
+  some.v = problem.v.slice(2, kv_heads);
+  some.groups = groups;
+  if (problem.sinks) some.sinks = problem.sinks.slice(0, q_heads);
+  some.bias = head_slice(problem.bias, q_heads);
+  some.dense_mask = head_slice(problem.dense_mask, q_heads);
+  some.dropout.q_head_begin += q_heads.begin;
+  return some;
+}
+
+ForwardPass::ForwardPass(const ForwardCall& local, std::span<const RowRun> q_runs,
+                         const ExecuteOptions& options)
+    : local_(local), q_positions_(positions_of(q_runs)), options_(options) {
+  finished_ = local.problem.q.shape.elements() == 0;
+}
+
+void ForwardPass::allocate_state() {
+  const AttentionProblem& problem = local_.problem;
+  const Shape rows{problem.batch(), problem.seq_q(), problem.q_heads(), problem.value_dim()};
+  const Shape statistics{problem.batch(), problem.q_heads(), problem.seq_q()};
+  const Device device = problem.q.device;
+  memory_ = Buffer(device, 4 * (rows.elements() + 2 * statistics.elements()), local_.stream);
+  auto* data = static_cast<float*>(memory_.data());
+  state_.accumulator = TensorView(data, DType::f32, rows, device);
+  data += rows.elements();
+  state_.row_max = TensorView(data, DType::f32, statistics, device);
+  state_.row_sum = TensorView(data + statistics.elements(), DType::f32, statistics, device);
+}
+
+ForwardCall ForwardPass::call_of(const AttentionProblem& problem, Span batch) const {
+  ForwardCall call;
+  call.problem = problem;
+  call.stream = local_.stream;
+  if (memory_.bytes() == 0) return call;
+  call.state = {state_.accumulator.slice(0, batch), state_.row_max.slice(0, batch),
+                state_.row_sum.slice(0, batch)};
+  call.start = started_ ? ForwardCall::Start::resume : ForwardCall::Start::fresh;
+  return call;
+}
+
+// Rows before any key: sinks are folded in here.
+void ForwardPass::begin() {
+  const Span batch{0, local_.problem.batch()};
+  allocate_state();
+  StagePart nothing;
+  nothing.batch = batch;
+  AttentionProblem problem = problem_of(local_.problem, nothing, local_.problem.k.slice(1, {0, 0}),
+                                        local_.problem.v.slice(1, {0, 0}), q_positions_);
+  attention_forward(call_of(problem, batch), options_.backend);
+  started_ = true;
+}
+
+void ForwardPass::add(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v,
+                      bool last) {
+  if (finished_) return;
+  const ScopedTimer timer(compute_seconds(options_));
+  const bool whole_batch = part.batch.size() == local_.problem.batch();
+  const bool ends = last && whole_batch;
+  if (!started_ && !whole_batch) begin();
+  if (!started_ && !ends) allocate_state();
+  ForwardCall call = call_of(problem_of(local_.problem, part, k, v, q_positions_), part.batch);
+  if (ends) {
+    call.o = local_.o;
+    call.log_sum_exp = local_.log_sum_exp;
+  }
+  attention_forward(call, options_.backend);
+  started_ = true;
+  finished_ = ends;
+}
+
+void ForwardPass::finish() {
+  if (finished_) return;
+  const ScopedTimer timer(compute_seconds(options_));
+  if (!started_) begin();
+  annulus::finish(state_, local_.o, local_.log_sum_exp, local_.stream);
+  finished_ = true;
+}
+
+BackwardPass::BackwardPass(const BackwardCall& local, std::span<const RowRun> q_runs,
+                           const ExecuteOptions& options)
+    : local_(local), q_positions_(positions_of(q_runs)), options_(options) {}
+
+void BackwardPass::add(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v,
+                       const TensorView& grad_k, const TensorView& grad_v) {
+  if (local_.problem.q.shape.elements() == 0) return;
+  const ScopedTimer timer(compute_seconds(options_));
+  BackwardCall call = local_;
+  call.problem = problem_of(local_.problem, part, k, v, q_positions_);
+  call.grad_o = local_.grad_o.slice(0, part.batch);
+  call.log_sum_exp = local_.log_sum_exp.slice(0, part.batch);
+  call.delta = local_.delta.slice(0, part.batch);
+  if (local_.grad_q) call.grad_q = local_.grad_q.slice(0, part.batch);
+  call.grad_k = grad_k;
+  call.grad_v = grad_v;
+  call.grad_bias = columns_of(local_.grad_bias, part);
+  attention_backward(call, options_.backend);
+}
+
+}  // namespace annulus

@@ -1,0 +1,125 @@
+#include "sharding/stage_parts.hpp"
+
+#include <algorithm>
+
+namespace annulus {
+namespace {
+
+std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+// The slices of `stage` over `rows`: of one batch row, or all lists when `batch` is every row.
+MaskSlices slices_within(const Stage& stage, Span batch, std::int64_t batch_size, Span rows) {
+  MaskSlices within;
+  const bool by_batch = !stage.slices.batch_offsets.empty();
+  const bool one_list = !by_batch || batch.size() < batch_size;
+  for (std::int64_t b = batch.begin; b < (one_list ? batch.begin + 1 : batch.end); ++b) {
+    if (!one_list) within.batch_offsets.push_back(static_cast<std::int64_t>(within.slices.size()));
+    for (const Slice& slice : stage.slices.view().of_batch(b)) {
+      Slice part = clip(slice, slice.q, rows);
+      if (part.q.empty() || part.k.empty()) continue;
+      part.k = {part.k.begin - rows.begin, part.k.end - rows.begin};
+      part.band = part.band.shifted(0, rows.begin);
+      within.slices.push_back(part);
+    }
+  }
+  if (!one_list) within.batch_offsets.push_back(static_cast<std::int64_t>(within.slices.size()));
+  return within;
+}
+
+class PartList {
+ public:
+  PartList(const Stage& stage, std::int64_t batch) : stage_(stage), batch_(batch) {}
+
+  void add(Span batch, Span rows, std::span<const RowRun> runs) {
+    StagePart part;
+    part.slices = slices_within(stage_, batch, batch_, rows);
+    if (part.slices.slices.empty()) return;
+    part.batch = batch;
+    part.rows = rows;
+    for (const RowRun& run : runs) {
+      const Span held = intersect(run.rows(), rows);
+      if (held.empty()) continue;
+      part.positions.push_back(
+          {held.begin - rows.begin, run.global.begin + (held.begin - run.begin)});
+    }
+    if (!part.positions.empty()) part.column_begin = part.positions.front().global_begin;
+    parts_.push_back(std::move(part));
+  }
+
+  // The batch rows that list `list` of runs or slices serves.
+  Span batch_of(std::size_t list, std::size_t lists) const {
+    const auto b = static_cast<std::int64_t>(list);
+    return lists == 1 ? Span{0, batch_} : Span{b, b + 1};
+  }
+
+  void add_blocks(std::int64_t block_rows) {
+    for (std::size_t list = 0; list < stage_.runs.size(); ++list) {
+      for (const RowRun& run : stage_.runs[list]) {
+        for (std::int64_t begin = run.global.begin; begin < run.global.end;) {
+          const std::int64_t end = std::min((begin / block_rows + 1) * block_rows, run.global.end);
+          const std::int64_t row = run.begin + (begin - run.global.begin);
+          add(batch_of(list, stage_.runs.size()), {row, row + (end - begin)}, {&run, 1});
+          begin = end;
+        }
+      }
+    }
+  }
+
+  void add_pieces() {
+    for (const Transfer& transfer : stage_.receives) {
+      for (const Piece& piece : transfer.pieces) {
+        const bool every = piece.batch == Piece::kEveryBatch;
+        const std::size_t list = every ? 0 : index(piece.batch);
+        const std::size_t before = parts_.size();
+        add(every ? Span{0, batch_} : Span{piece.batch, piece.batch + 1},
+            {piece.buffer_begin, piece.buffer_begin + piece.rows.size()}, stage_.runs[list]);
+        if (parts_.size() == before) continue;
+        parts_.back().peer = transfer.peer;
+        parts_.back().peer_row = piece.rows.begin;
+      }
+    }
+  }
+
+  std::vector<StagePart> take() { return std::move(parts_); }
+
+ private:
+  const Stage& stage_;
+  std::int64_t batch_;
+  std::vector<StagePart> parts_;
+};
+
+}  // namespace
+
+std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
+                                std::int64_t block_rows) {
+  PartList parts(stage, batch);
+  const Span all{0, stage.buffer_rows};
+  const std::size_t lists = stage.runs.size();
+  switch (granularity) {
+    case Granularity::block:
+      parts.add_blocks(block_rows);
+      break;
+    case Granularity::piece:
+      parts.add_pieces();
+      break;
+    case Granularity::run:
+      for (std::size_t list = 0; list < lists; ++list) {
+        for (const RowRun& run : stage.runs[list]) {
+          parts.add(parts.batch_of(list, lists), run.rows(), {&run, 1});
+        }
+      }
+      break;
+    case Granularity::positions:
+      for (std::size_t list = 0; list < lists; ++list) {
+        parts.add(parts.batch_of(list, lists), all, stage.runs[list]);
+      }
+      break;
+    case Granularity::stage:
+      // Positions of the first list: only asked for where no call needs them.
+      if (lists > 0) parts.add({0, batch}, all, stage.runs.front());
+      break;
+  }
+  return parts.take();
+}
+
+}  // namespace annulus

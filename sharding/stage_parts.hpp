@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/attention.hpp"
+#include "sharding/attention_plan.hpp"
+
+namespace annulus {
+
+/// What one kernel call of a stage covers.
+struct StagePart {
+  Span batch;
+  Span rows;                           // of the stage's buffer
+  MaskSlices slices;                   // k counted from rows.begin
+  std::vector<PositionRun> positions;  // of the rows, counted from rows.begin
+  std::int64_t column_begin = 0;       // global position of the first row
+  int peer = -1;                       // owner of the rows, where they are read in place
+  std::int64_t peer_row = 0;           // the first row in the owner's shard
+};
+
+/// How far a stage must be cut up.
+enum class Granularity : std::uint8_t {
+  stage,      // everything at once
+  positions,  // one list of positions a call (dropout)
+  run,        // consecutive global positions (bias and dense mask are cut by columns)
+  piece,      // rows of one owner, to be read where they lie
+  block,      // rows of one block of the global grid
+};
+
+/// Parts with something to compute, in the order of the buffer.
+std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
+                                std::int64_t block_rows = 0);
+
+}  // namespace annulus
