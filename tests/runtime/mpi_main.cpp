@@ -82,8 +82,8 @@ class RankListener : public testing::EmptyTestEventListener {
              const std::vector<int>& offsets) const {
     for (std::size_t r = 0; r < sizes.size(); ++r) {
       if (sizes[r] == 0) continue;
-      const std::string text = all.substr(static_cast<std::size_t>(offsets[r]),
-                                          static_cast<std::size_t>(sizes[r]));
+      const std::string text =
+          all.substr(static_cast<std::size_t>(offsets[r]), static_cast<std::size_t>(sizes[r]));
       std::printf("rank %zu: %s.%s\n%s", r, test.test_suite_name(), test.name(), text.c_str());
     }
     std::fflush(stdout);

@@ -1,0 +1,57 @@
+#include "launch/commands.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+
+#include "kernels/error.hpp"
+#include "launch/info.hpp"
+
+namespace annulus::launch {
+namespace {
+
+constexpr std::array kCommands = {
+    Command{"info", "the build, MPI, devices and ranks per node", show_info},
+};
+
+std::string names(std::span<const Command> table) {
+  std::string text;
+  for (const Command& command : table) {
+    text += (text.empty() ? "" : ", ") + std::string(command.name);
+  }
+  return text;
+}
+
+void print_help(std::string_view program, std::span<const Command> table) {
+  fmt::print("usage: {} COMMAND [OPTIONS]\n\n", program);
+  for (const Command& command : table) fmt::print("  {:<8} {}\n", command.name, command.summary);
+  fmt::print("\n{} COMMAND --help lists the options of a command.\n", program);
+}
+
+}  // namespace
+
+std::span<const Command> commands() { return kCommands; }
+
+void dispatch(std::string_view program, std::span<const Command> table, Arguments arguments) {
+  if (arguments.empty() || arguments[0] == "--help" || arguments[0] == "-h") {
+    return print_help(program, table);
+  }
+  const auto command = std::find_if(table.begin(), table.end(), [&](const Command& candidate) {
+    return candidate.name == arguments[0];
+  });
+  require(command != table.end(), ExitCode::usage, "{}: no command \"{}\"; there are {}", program,
+          arguments[0], names(table));
+  command->run(arguments.subspan(1));
+}
+
+void run_program(const std::vector<std::string>& arguments) {
+  if (!arguments.empty() && arguments[0] == "--version") {
+    fmt::print("annulus {}\n", ANNULUS_VERSION);
+    return;
+  }
+  dispatch("annulus", commands(), arguments);
+}
+
+}  // namespace annulus::launch

@@ -1,0 +1,22 @@
+#include <exception>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "kernels/error.hpp"
+#include "launch/commands.hpp"
+#include "launch/failure.hpp"
+
+int main(int argc, char** argv) {
+  using namespace annulus;
+  try {
+    launch::run_program(std::vector<std::string>(argv + 1, argv + argc));
+    return 0;
+  } catch (const Error& error) {
+    return launch::report_failure(error.code(), error.what());
+  } catch (const std::bad_alloc&) {
+    return launch::report_failure(ExitCode::no_memory, "out of memory");
+  } catch (const std::exception& error) {
+    return launch::report_failure(ExitCode::internal, error.what());
+  }
+}
