@@ -100,7 +100,9 @@ void expect_gradient(const HostTensor& found, const HostTensor& expected, const 
     difference += error * error;
     norm += static_cast<double>(expected.data[i]) * static_cast<double>(expected.data[i]);
   }
-  EXPECT_LE(std::sqrt(difference), 1e-4 * std::sqrt(norm) + 1e-12) << what;
+  // Where the gradient itself cancels to nothing, a few roundings of its terms of order 1 remain.
+  const double rounding = 1e-6 * std::sqrt(static_cast<double>(expected.data.size()));
+  EXPECT_LE(std::sqrt(difference), 1e-4 * std::sqrt(norm) + rounding) << what;
 }
 
 }  // namespace
