@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace annulus {
@@ -35,6 +36,17 @@ class Error : public std::runtime_error {
 template <typename... Args>
 void require(bool condition, ExitCode code, fmt::format_string<Args...> format, Args&&... args) {
   if (!condition) throw Error(code, fmt::format(format, std::forward<Args>(args)...));
+}
+
+/// Foreign text as it can stand in a one-line message: control characters become '?', and what goes
+/// beyond 200 bytes is left out.
+inline std::string printable(std::string_view text) {
+  constexpr std::size_t kMost = 200;
+  std::string line(text.substr(0, kMost));
+  for (char& c : line) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';
+  }
+  return text.size() > kMost ? line + "..." : line;
 }
 
 }  // namespace annulus

@@ -29,7 +29,7 @@ void check_axes(std::span<const MeshAxis> axes) {
     const MeshAxis& axis = axes[i];
     require(is_axis_name(axis.name), ExitCode::usage,
             "mesh: axis name '{}' is not a letter or '_' followed by letters, digits or '_'",
-            axis.name);
+            printable(axis.name));
     require(axis.size >= 1 || axis.size == -1, ExitCode::usage,
             "mesh: axis {} has size {}; sizes are 1 or more, or -1 for what is left", axis.name,
             axis.size);
@@ -59,16 +59,16 @@ std::string_view trim(std::string_view text) {
 MeshAxis parse_axis(std::string_view item) {
   const std::size_t equals = item.find('=');
   require(equals != std::string_view::npos, ExitCode::usage,
-          "mesh: '{}' is not AXIS=SIZE, as in sp=4,tp=2", item);
+          "mesh: '{}' is not AXIS=SIZE, as in sp=4,tp=2", printable(item));
   const std::string_view axis = trim(item.substr(0, equals));
   const std::string_view number = trim(item.substr(equals + 1));
   require(std::find(kStandardAxes.begin(), kStandardAxes.end(), axis) != kStandardAxes.end(),
-          ExitCode::usage, "mesh: unknown axis '{}'; the axes are {}", axis,
+          ExitCode::usage, "mesh: unknown axis '{}'; the axes are {}", printable(axis),
           fmt::join(kStandardAxes, ", "));
   int size = 0;
   const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), size);
   require(error == std::errc{} && end == number.data() + number.size(), ExitCode::usage,
-          "mesh: size '{}' of axis {} is not an integer", number, axis);
+          "mesh: size '{}' of axis {} is not an integer", printable(number), axis);
   return {std::string(axis), size};
 }
 

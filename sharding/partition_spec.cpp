@@ -86,7 +86,7 @@ class SpecReader {
     throw Error(ExitCode::usage,
                 fmt::format("partition spec: expected {} at character {} of '{}'; write it as "
                             "((fsdp,dp), sp, tp, -)",
-                            expected, at_ + 1, text_));
+                            expected, at_ + 1, printable(text_)));
   }
 
   std::string_view text_;
@@ -106,10 +106,10 @@ PartitionSpec::PartitionSpec(std::vector<AxisTuple> entries) : entries_(std::mov
   for (const AxisTuple& axes : entries_) {
     for (const std::string& axis : axes) {
       require(is_axis_name(axis), ExitCode::usage, "partition spec: '{}' is not an axis name",
-              axis);
+              printable(axis));
       require(seen.insert(axis).second, ExitCode::usage,
-              "partition spec: axis {} stands twice in {}; an axis splits one dimension", axis,
-              to_string());
+              "partition spec: axis {} stands twice in {}; an axis splits one dimension",
+              printable(axis), printable(to_string()));
     }
   }
 }
