@@ -1,0 +1,53 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <memory>
+
+#include "kernels/cuda/check.hpp"
+
+namespace annulus::kernels::cuda {
+
+struct StreamDeleter {
+  void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+};
+using OwnedStream = std::unique_ptr<CUstream_st, StreamDeleter>;
+
+/// A stream that does not wait for the default one. Transfers get the highest priority: they are
+/// short, and what waits for them is not.
+inline OwnedStream make_transfer_stream() {
+  int least = 0;
+  int greatest = 0;
+  ANNULUS_CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t stream = nullptr;
+  ANNULUS_CHECK_CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+  return OwnedStream(stream);
+}
+
+struct EventDeleter {
+  void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+};
+using OwnedEvent = std::unique_ptr<CUevent_st, EventDeleter>;
+
+inline OwnedEvent make_event(unsigned flags = cudaEventDisableTiming) {
+  cudaEvent_t event = nullptr;
+  ANNULUS_CHECK_CUDA(cudaEventCreateWithFlags(&event, flags));
+  return OwnedEvent(event);
+}
+
+/// `later` goes on when all that `earlier` holds now is done.
+inline void order(cudaStream_t earlier, cudaStream_t later) {
+  const OwnedEvent event = make_event();
+  ANNULUS_CHECK_CUDA(cudaEventRecord(event.get(), earlier));
+  ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(later, event.get()));
+}
+
+/// Whether the work before `event` is done.
+inline bool is_done(cudaEvent_t event) {
+  const cudaError_t state = cudaEventQuery(event);
+  if (state == cudaErrorNotReady) return false;
+  ANNULUS_CHECK_CUDA(state);
+  return true;
+}
+
+}  // namespace annulus::kernels::cuda

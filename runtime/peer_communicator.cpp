@@ -1,0 +1,265 @@
+#include "runtime/peer_communicator.hpp"
+
+#include <exception>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/stream.hpp"
+#include "kernels/error.hpp"
+#include "runtime/device_window.hpp"
+#include "runtime/peer_inbox.hpp"
+#include "runtime/peer_outbox.hpp"
+
+// A message goes: the sender copies it into a slot on its own device and sends the slot's address
+// over the host; the receiver pulls it with its copy engine and sends back the event after which
+// the slot is free. The host never waits for a device.
+namespace annulus {
+namespace {
+
+namespace cuda = kernels::cuda;
+
+constexpr std::int64_t kAlignment = 256;
+
+std::int64_t aligned(std::int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+template <typename Message>
+std::int64_t packed_bytes(const std::vector<Message>& messages) {
+  std::int64_t bytes = 0;
+  for (const Message& message : messages) bytes += aligned(message.bytes);
+  return bytes;
+}
+
+template <typename Message>
+std::map<int, std::vector<Message>> by_peer(const std::vector<Message>& messages) {
+  std::map<int, std::vector<Message>> groups;
+  for (const Message& message : messages) groups[message.peer].push_back(message);
+  return groups;
+}
+
+void copy_bytes(void* to, const void* from, std::int64_t bytes, cudaStream_t stream) {
+  ANNULUS_CHECK_CUDA(
+      cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, stream));
+}
+
+/// The address of a filled slot on its way to the receiver.
+struct Outbound {
+  SlotAddress address{};
+  std::unique_ptr<Exchange> announced;
+};
+
+/// Messages of one peer on their way in.
+struct Inbound {
+  int peer = 0;
+  std::vector<Receive> receives;
+  SlotAddress address{};
+  std::unique_ptr<Exchange> announced;
+};
+
+class PeerExchange final : public Exchange {
+ public:
+  PeerExchange(PeerInbox& inbox, cudaStream_t pull_stream)
+      : inbox_(inbox), pull_stream_(pull_stream), done_(cuda::make_event()) {}
+
+  void announce(Communicator& host, const PeerSlot& slot, std::int64_t bytes) {
+    outbound_.push_back(std::make_unique<Outbound>());
+    Outbound& to = *outbound_.back();
+    to.address = slot.address(bytes);
+    const Send send{slot.peer(), &to.address, sizeof(to.address)};
+    to.announced = host.exchange({&send, 1}, {});
+  }
+
+  void expect(Communicator& host, int peer, std::vector<Receive> receives) {
+    inbound_.push_back(std::make_unique<Inbound>());
+    Inbound& from = *inbound_.back();
+    from.peer = peer;
+    from.receives = std::move(receives);
+    const Receive receive{peer, &from.address, sizeof(from.address)};
+    from.announced = host.exchange({}, {&receive, 1});
+  }
+
+  void join(std::unique_ptr<Exchange> far) { far_ = std::move(far); }
+
+  bool test() override {
+    for (; pulled_ < inbound_.size(); ++pulled_) {
+      if (!inbound_[pulled_]->announced->test()) return false;
+      pull(*inbound_[pulled_]);
+    }
+    record_done();
+    for (const std::unique_ptr<Outbound>& to : outbound_) {
+      if (!to->announced->test()) return false;
+    }
+    return (far_ == nullptr || far_->test()) && cuda::is_done(done_.get());
+  }
+
+  void wait(Stream stream) override {
+    for (; pulled_ < inbound_.size(); ++pulled_) {
+      inbound_[pulled_]->announced->wait();
+      pull(*inbound_[pulled_]);
+    }
+    record_done();
+    for (const std::unique_ptr<Outbound>& to : outbound_) to->announced->wait();
+    if (far_ != nullptr) far_->wait(stream);
+    ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle), done_.get()));
+  }
+
+ private:
+  void pull(const Inbound& from) {
+    require(from.address.bytes == packed_bytes(from.receives), ExitCode::peer,
+            "exchange: expected {} bytes from rank {}, got {}", packed_bytes(from.receives),
+            from.peer, from.address.bytes);
+    const MappedSlot& slot = inbox_.open(from.peer, from.address);
+    ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(pull_stream_, slot.full()));
+    const std::byte* data = slot.data();
+    for (const Receive& receive : from.receives) {
+      copy_bytes(receive.data, data, receive.bytes, pull_stream_);
+      data += aligned(receive.bytes);
+    }
+    inbox_.give_back(from.peer, from.address, pull_stream_);
+  }
+
+  void record_done() {
+    if (std::exchange(recorded_, true)) return;
+    ANNULUS_CHECK_CUDA(cudaEventRecord(done_.get(), pull_stream_));
+  }
+
+  PeerInbox& inbox_;
+  cudaStream_t pull_stream_;
+  std::vector<std::unique_ptr<Inbound>> inbound_;
+  std::vector<std::unique_ptr<Outbound>> outbound_;
+  std::unique_ptr<Exchange> far_;
+  cuda::OwnedEvent done_;
+  std::size_t pulled_ = 0;  // of inbound_, in order
+  bool recorded_ = false;
+};
+
+class PeerCommunicator final : public Communicator {
+ public:
+  PeerCommunicator(std::unique_ptr<Communicator> host, std::unique_ptr<Communicator> far)
+      : Communicator(Device::cuda),
+        host_(std::move(host)),
+        words_(host_->split(0, host_->rank())),
+        far_(std::move(far)),
+        push_stream_(cuda::make_transfer_stream()),
+        pull_stream_(cuda::make_transfer_stream()),
+        outbox_(*words_),
+        inbox_(*words_) {
+    const std::unique_ptr<Window> window = host_->expose(1);
+    for (int peer = 0; peer < size(); ++peer) near_.push_back(window->peer(peer) != nullptr);
+  }
+  ~PeerCommunicator() override { release(); }
+
+  int rank() const override { return host_->rank(); }
+  int size() const override { return host_->size(); }
+  std::unique_ptr<Communicator> split(int color, int key) override {
+    std::unique_ptr<Communicator> far;
+    if (far_ != nullptr) far = far_->split(color, key);
+    return std::make_unique<PeerCommunicator>(host_->split(color, key), std::move(far));
+  }
+  void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override {
+    host_->all_gather(mine, all);
+  }
+  void all_reduce_sum(std::span<float> values) override { host_->all_reduce_sum(values); }
+  std::unique_ptr<Window> expose(std::int64_t bytes) override {
+    return std::make_unique<DeviceWindow>(*host_, bytes);
+  }
+
+ protected:
+  std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,
+                                  Stream stream) override;
+
+ private:
+  /// Messages of other nodes; the rest goes to `near`.
+  template <typename Message>
+  std::vector<Message> far_of(std::span<const Message> messages, std::vector<Message>& near) const;
+  void push(const std::vector<Send>& sends, PeerExchange& exchange);
+  void release() noexcept;
+
+  std::unique_ptr<Communicator> host_;   // carries the addresses of slots
+  std::unique_ptr<Communicator> words_;  // carries them back: the two are not in step
+  std::unique_ptr<Communicator> far_;
+  std::vector<bool> near_;  // by rank: on this node
+  cuda::OwnedStream push_stream_;
+  cuda::OwnedStream pull_stream_;
+  PeerOutbox outbox_;
+  PeerInbox inbox_;
+};
+
+template <typename Message>
+std::vector<Message> PeerCommunicator::far_of(std::span<const Message> messages,
+                                              std::vector<Message>& near) const {
+  std::vector<Message> far;
+  for (const Message& message : messages) {
+    const bool on_node = near_[static_cast<std::size_t>(message.peer)];
+    require(on_node || far_ != nullptr, ExitCode::usage,
+            "peer: rank {} is on another node than rank {}; use --transport auto or nccl",
+            message.peer, rank());
+    (on_node ? near : far).push_back(message);
+  }
+  return far;
+}
+
+std::unique_ptr<Exchange> PeerCommunicator::start(std::span<const Send> sends,
+                                                  std::span<const Receive> receives,
+                                                  Stream stream) {
+  std::vector<Send> near_sends;
+  std::vector<Receive> near_receives;
+  const std::vector<Send> far_sends = far_of(sends, near_sends);
+  const std::vector<Receive> far_receives = far_of(receives, near_receives);
+  auto exchange = std::make_unique<PeerExchange>(inbox_, pull_stream_.get());
+  if (!far_sends.empty() || !far_receives.empty()) {
+    exchange->join(far_->exchange(far_sends, far_receives, stream));
+  }
+  const auto caller = static_cast<cudaStream_t>(stream.handle);
+  cuda::order(caller, push_stream_.get());  // what is sent is written by then,
+  cuda::order(caller, pull_stream_.get());  // and what is received into no longer read
+  for (const auto& [peer, messages] : by_peer(near_sends)) push(messages, *exchange);
+  for (const auto& [peer, messages] : by_peer(near_receives)) {
+    exchange->expect(*host_, peer, messages);
+  }
+  cuda::order(push_stream_.get(), pull_stream_.get());  // so that wait() covers both
+  return exchange;
+}
+
+void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchange) {
+  const std::int64_t bytes = packed_bytes(sends);
+  cudaStream_t stream = push_stream_.get();
+  PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
+  auto* data = static_cast<std::byte*>(slot.data());
+  for (const Send& send : sends) {
+    copy_bytes(data, send.data, send.bytes, stream);
+    data += aligned(send.bytes);
+  }
+  outbox_.lend(slot, stream);
+  exchange.announce(*host_, slot, bytes);
+}
+
+/// Every rank closes its mappings before any rank frees its slots. While an exception passes, peers
+/// may be gone: the process is about to end, and the driver cleans up.
+void PeerCommunicator::release() noexcept {
+  if (std::uncaught_exceptions() == 0) {
+    try {
+      outbox_.drain(push_stream_.get());
+      inbox_.drain();
+      ANNULUS_CHECK_CUDA(cudaStreamSynchronize(pull_stream_.get()));
+      inbox_.close();
+      host_->barrier();
+      return;
+    } catch (const std::exception&) {
+      // A destructor has nobody to tell; as while an exception passes.
+    }
+  }
+  outbox_.leak();
+  inbox_.leak();
+}
+
+}  // namespace
+
+std::unique_ptr<Communicator> make_peer_communicator(Communicator& host,
+                                                     std::unique_ptr<Communicator> far) {
+  return std::make_unique<PeerCommunicator>(host.split(0, host.rank()), std::move(far));
+}
+
+}  // namespace annulus

@@ -1,0 +1,46 @@
+#include "runtime/peer_inbox.hpp"
+
+#include <algorithm>
+
+#include "kernels/cuda/check.hpp"
+
+namespace annulus {
+
+MappedSlot::MappedSlot(const SlotAddress& address)
+    : data_(address.direct), full_(address.full), read_(make_shared_event()) {
+  if (is_of_this_process(address.full)) return;
+  ANNULUS_CHECK_CUDA(cudaIpcOpenMemHandle(&data_, address.memory, cudaIpcMemLazyEnablePeerAccess));
+  mapped_ = true;
+}
+
+MappedSlot::~MappedSlot() {
+  if (mapped_) cudaIpcCloseMemHandle(data_);
+}
+
+const MappedSlot& PeerInbox::open(int peer, const SlotAddress& address) {
+  std::unique_ptr<MappedSlot>& slot = mapped_[{peer, address.slot}];
+  if (slot == nullptr) slot = std::make_unique<MappedSlot>(address);
+  return *slot;
+}
+
+void PeerInbox::give_back(int peer, const SlotAddress& address, cudaStream_t stream) {
+  std::erase_if(words_, [](const std::unique_ptr<Word>& word) { return word->sent->test(); });
+  const MappedSlot& slot = open(peer, address);
+  ANNULUS_CHECK_CUDA(cudaEventRecord(slot.read(), stream));
+  auto word = std::make_unique<Word>();
+  word->word = {address.slot, address_of(slot.read())};
+  const Send send{peer, &word->word, sizeof(word->word)};
+  word->sent = host_.exchange({&send, 1}, {});
+  words_.push_back(std::move(word));
+}
+
+void PeerInbox::drain() {
+  for (const std::unique_ptr<Word>& word : words_) word->sent->wait();
+  words_.clear();
+}
+
+void PeerInbox::leak() noexcept {
+  for (auto& [key, slot] : mapped_) static_cast<void>(slot.release());
+}
+
+}  // namespace annulus

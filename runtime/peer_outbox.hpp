@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "runtime/peer_event.hpp"
+#include "sharding/communicator.hpp"
+
+namespace annulus {
+
+/// What a receiver needs to pull a message: the sender's slot and the event that says it is full.
+struct SlotAddress {
+  std::int64_t slot;   // unique within the sender
+  std::int64_t bytes;  // of the message
+  cudaIpcMemHandle_t memory;
+  void* direct;
+  EventAddress full;
+};
+
+/// The receiver's word that a slot is free once `read` has happened.
+struct SlotWord {
+  std::int64_t slot;
+  EventAddress read;
+};
+
+/// Memory that one peer maps.
+class PeerSlot {
+ public:
+  PeerSlot(int peer, std::int64_t number, std::int64_t capacity);
+  ~PeerSlot();
+  PeerSlot(const PeerSlot&) = delete;
+  PeerSlot& operator=(const PeerSlot&) = delete;
+
+  int peer() const { return peer_; }
+  std::int64_t capacity() const { return capacity_; }
+  void* data() const { return data_; }
+  SlotAddress address(std::int64_t bytes) const;
+
+  bool lent() const { return lent_; }
+  /// What `stream` holds now fills the slot; from then on it is the peer's.
+  void lend(cudaStream_t stream);
+  void give_back(const EventAddress& read);
+  /// Makes `stream` wait until the peer has read what was last lent.
+  void reclaim(cudaStream_t stream) const;
+
+ private:
+  int peer_;
+  std::int64_t number_;
+  std::int64_t capacity_;
+  void* data_ = nullptr;
+  bool lent_ = false;
+  kernels::cuda::OwnedEvent full_;
+  std::unique_ptr<RemoteEvent> read_;
+};
+
+/// The slots that a rank fills for its peers. There are as many as are lent at a time: a peer gives
+/// one back when it has queued its copy, in any order.
+class PeerOutbox {
+ public:
+  /// `host` carries the peers' words and nothing else.
+  explicit PeerOutbox(Communicator& host) : host_(host) {}
+
+  /// A slot of at least `bytes` for `peer`; `stream` waits until it may be written.
+  PeerSlot& take(int peer, std::int64_t bytes, cudaStream_t stream);
+  /// Lends a filled slot, and expects it back.
+  void lend(PeerSlot& slot, cudaStream_t stream);
+  /// Waits until everything lent was given back and read.
+  void drain(cudaStream_t stream);
+  /// Forgets all slots without freeing them.
+  void leak() noexcept;
+
+ private:
+  struct Expected {
+    SlotWord word{};
+    std::unique_ptr<Exchange> under_way;
+  };
+
+  void accept(const SlotWord& word);
+  void collect(int peer);
+
+  Communicator& host_;
+  std::vector<std::unique_ptr<PeerSlot>> slots_;
+  std::map<int, std::deque<std::unique_ptr<Expected>>> expected_;  // by peer, in order of arrival
+};
+
+}  // namespace annulus
