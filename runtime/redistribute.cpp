@@ -1,5 +1,6 @@
 #include "runtime/redistribute.hpp"
 
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -12,14 +13,21 @@ namespace {
 
 using Segments = std::vector<std::vector<Segment1d>>;
 
-/// Copies the product of the segments of dimensions `dim` and up, from `from` to `to`.
-void copy_product(const ConstTensorView& from, const TensorView& to, const Segments& segments,
-                  int dim, Stream stream) {
-  if (dim == from.rank()) return copy(from, to, stream);
+/// Calls `apply` with both sides' view of each piece of the product of the segments.
+template <typename Apply>
+void for_each_piece(const ConstTensorView& from, const TensorView& to, const Segments& segments,
+                    const Apply& apply, int dim = 0) {
+  if (dim == from.rank()) return apply(from, to);
   for (const Segment1d& part : segments[static_cast<std::size_t>(dim)]) {
-    copy_product(from.slice(dim, {part.from, part.from + part.size}),
-                 to.slice(dim, {part.to, part.to + part.size}), segments, dim + 1, stream);
+    for_each_piece(from.slice(dim, {part.from, part.from + part.size}),
+                   to.slice(dim, {part.to, part.to + part.size}), segments, apply, dim + 1);
   }
+}
+
+void copy_pieces(const ConstTensorView& from, const TensorView& to, const Segments& segments,
+                 Stream stream) {
+  for_each_piece(from, to, segments,
+                 [&](const ConstTensorView& a, const TensorView& b) { copy(a, b, stream); });
 }
 
 /// The segments with one side replaced by places in a message, where they lie end to end.
@@ -50,6 +58,7 @@ View in_place(View shard, const ShardTransfer& transfer, std::int64_t Segment1d:
 struct Place {
   Device device = Device::cpu;
   Stream stream;
+  bool beside = false;  // never in a shard
 };
 
 /// A message to or from another rank: a part of the shard itself, or memory beside it where the
@@ -63,7 +72,7 @@ struct Message {
   Message(const View& shard, const ShardTransfer& what, std::int64_t Segment1d::*side,
           const Place& place)
       : transfer(&what) {
-    if (shard.device == place.device) view = in_place(shard, what, side);
+    if (shard.device == place.device && !place.beside) view = in_place(shard, what, side);
     if (view) return;
     beside = Tensor(shard.dtype, what.message_shape(), place.device, place.stream);
     view = beside.view();
@@ -80,8 +89,7 @@ std::vector<Message<ConstTensorView>> pack(const ConstTensorView& shard,
     if (send.peer == rank) continue;
     auto& message = messages.emplace_back(shard, send, &Segment1d::from, place);
     if (!message.beside) continue;
-    copy_product(shard, message.beside.view(), packed(send.segments, &Segment1d::to), 0,
-                 place.stream);
+    copy_pieces(shard, message.beside.view(), packed(send.segments, &Segment1d::to), place.stream);
   }
   // A host communicator reads at once what a device wrote.
   if (shard.device != place.device) synchronize(shard.device, place.stream);
@@ -98,15 +106,54 @@ std::vector<Message<TensorView>> expect(const TensorView& shard,
   return messages;
 }
 
+std::unique_ptr<Exchange> start(const std::vector<Message<ConstTensorView>>& outgoing,
+                                const std::vector<Message<TensorView>>& incoming,
+                                Communicator& ranks, Stream stream) {
+  std::vector<Send> sends;
+  for (const auto& message : outgoing) {
+    sends.push_back({message.transfer->peer, message.view.data, message.bytes()});
+  }
+  std::vector<Receive> receives;
+  for (const auto& message : incoming) {
+    receives.push_back({message.transfer->peer, message.view.data, message.bytes()});
+  }
+  return ranks.exchange(sends, receives, stream);
+}
+
 void unpack(const std::vector<Message<TensorView>>& messages, const TensorView& shard,
             const Place& place) {
   for (const Message<TensorView>& message : messages) {
     if (!message.beside) continue;
-    copy_product(message.view, shard, packed(message.transfer->segments, &Segment1d::from), 0,
-                 place.stream);
+    copy_pieces(message.view, shard, packed(message.transfer->segments, &Segment1d::from),
+                place.stream);
   }
   // Host messages go away before the device has read them.
   if (shard.device != place.device) synchronize(shard.device, place.stream);
+}
+
+/// shard = the messages of lower ranks + the shard + the messages of higher ranks.
+void add_in_rank_order(const std::vector<Message<TensorView>>& messages, int rank,
+                       const TensorView& shard, const Place& place) {
+  Tensor total(shard.dtype, shard.shape, shard.device, place.stream);
+  fill_bytes(total.view().data, shard.device, 0, shard.shape.elements() * size_bytes(shard.dtype),
+             place.stream);
+  const auto add = [&](const Message<TensorView>& message) {
+    Tensor near = message.view.device == shard.device
+                      ? Tensor::borrow(message.view)
+                      : Tensor::copy_of(message.view, shard.dtype, shard.device, place.stream);
+    for_each_piece(near.view(), total.view(), packed(message.transfer->segments, &Segment1d::from),
+                   [&](const ConstTensorView& from, const TensorView& into) {
+                     accumulate(from, into, place.stream);
+                   });
+  };
+  for (const auto& message : messages) {
+    if (message.transfer->peer < rank) add(message);
+  }
+  accumulate(shard, total.view(), place.stream);
+  for (const auto& message : messages) {
+    if (message.transfer->peer > rank) add(message);
+  }
+  copy(std::as_const(total).view(), shard, place.stream);
 }
 
 void check(const DistributedTensor& from, const DistributedTensor& to, const Communicator& ranks) {
@@ -125,21 +172,13 @@ void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Com
                        Stream stream) {
   check(from, to, ranks);
   const Redistribution plan = plan_redistribution(from.layout(), to.layout(), ranks.rank());
-  const Place place{ranks.device(), stream};
+  const Place place{.device = ranks.device(), .stream = stream};
   const auto outgoing = pack(from.local(), plan.sends, ranks.rank(), place);
   const auto incoming = expect(to.local(), plan.receives, ranks.rank(), place);
-  std::vector<Send> sends;
-  for (const auto& message : outgoing) {
-    sends.push_back({message.transfer->peer, message.view.data, message.bytes()});
-  }
-  std::vector<Receive> receives;
-  for (const auto& message : incoming) {
-    receives.push_back({message.transfer->peer, message.view.data, message.bytes()});
-  }
-  const auto exchange = ranks.exchange(sends, receives, stream);
+  const auto exchange = start(outgoing, incoming, ranks, stream);
   for (const ShardTransfer& kept : plan.receives) {
     if (kept.peer != ranks.rank()) continue;
-    copy_product(from.local(), to.local(), kept.segments, 0, stream);
+    copy_pieces(from.local(), to.local(), kept.segments, stream);
   }
   exchange->wait(stream);
   unpack(incoming, to.local(), place);
@@ -168,6 +207,19 @@ Tensor gather(const DistributedTensor& tensor, Communicator& ranks, std::optiona
   DistributedTensor into(Tensor::borrow(result.view()), whole, ranks.rank());
   redistribute_into(tensor, into, ranks, stream);
   return result;
+}
+
+void sum_shared(DistributedTensor& partial, Communicator& ranks, Stream stream) {
+  require(partial && partial.dtype() == DType::f32, ExitCode::usage,
+          "sum: needs an f32 tensor, found {}", partial ? name(partial.dtype()) : "none");
+  check(partial, partial, ranks);
+  const Redistribution shared = shared_parts(partial.layout(), ranks.rank());
+  if (shared.sends.empty()) return;
+  const Place place{.device = ranks.device(), .stream = stream, .beside = true};
+  const auto outgoing = pack(std::as_const(partial).local(), shared.sends, ranks.rank(), place);
+  const auto incoming = expect(partial.local(), shared.receives, ranks.rank(), place);
+  start(outgoing, incoming, ranks, stream)->wait(stream);
+  add_in_rank_order(incoming, ranks.rank(), partial.local(), place);
 }
 
 }  // namespace annulus

@@ -24,4 +24,10 @@ void redistribute_into(const DistributedTensor& from, DistributedTensor& to, Com
 Tensor gather(const DistributedTensor& tensor, Communicator& ranks,
               std::optional<int> root = std::nullopt, Stream stream = {});
 
+/// Adds up the f32 partial sums that ranks hold of the same element because parts of a dimension
+/// share it, as those of KV heads that several ranks need: in rank order, the same bits on all of
+/// them. Copies along unused axes are left as they are. Collective; nothing moves where no parts
+/// share.
+void sum_shared(DistributedTensor& partial, Communicator& ranks, Stream stream = {});
+
 }  // namespace annulus

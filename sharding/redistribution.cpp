@@ -80,17 +80,18 @@ Runs given(const TensorLayout& from, int dim, int source, int target, Span range
   return result;
 }
 
-std::vector<Segment1d> segments_between(const TensorLayout& from, const TensorLayout& to, int dim,
-                                        int source, int target) {
-  const std::vector<PlacedRun> old_runs = placed(from.runs(source, dim));
+/// Where runs of two shards meet; `pick` gives the parts of a common range that count.
+template <typename Pick>
+std::vector<Segment1d> meeting(const Runs& from, const Runs& to, const Pick& pick) {
+  const std::vector<PlacedRun> held = placed(from);
   std::vector<Segment1d> segments;
-  for (const PlacedRun& wanted : placed(to.runs(target, dim))) {
-    for (const PlacedRun& held : old_runs) {
-      const Span both = intersect(wanted.global, held.global);
+  for (const PlacedRun& b : placed(to)) {
+    for (const PlacedRun& a : held) {
+      const Span both = intersect(b.global, a.global);
       if (both.empty()) continue;
-      for (const Span span : given(from, dim, source, target, both)) {
-        append(segments, {held.local + span.begin - held.global.begin,
-                          wanted.local + span.begin - wanted.global.begin, span.size()});
+      for (const Span span : pick(both)) {
+        append(segments, {a.local + span.begin - a.global.begin,
+                          b.local + span.begin - b.global.begin, span.size()});
       }
     }
   }
@@ -102,6 +103,18 @@ bool serves(const TensorLayout& from, int source, int target) {
   if (from.root()) return source == *from.root();
   const AxisTuple unused = from.sharding().unused_axes();
   return from.mesh().group_index(source, unused) == from.mesh().group_index(target, unused);
+}
+
+/// What of the source's shard the target holds too.
+std::optional<ShardTransfer> shared_between(const TensorLayout& layout, int source, int target) {
+  if (layout.root() || !serves(layout, source, target)) return std::nullopt;
+  ShardTransfer transfer;
+  for (int dim = 0; dim < layout.global_shape().rank(); ++dim) {
+    transfer.segments.push_back(meeting(layout.runs(source, dim), layout.runs(target, dim),
+                                        [](Span both) { return Runs{both}; }));
+    if (transfer.segments.back().empty()) return std::nullopt;
+  }
+  return transfer;
 }
 
 }  // namespace
@@ -120,7 +133,9 @@ std::optional<ShardTransfer> transfer_between(const TensorLayout& from, const Te
   if (!serves(from, source, target) || (to.root() && target != *to.root())) return std::nullopt;
   ShardTransfer transfer;
   for (int dim = 0; dim < from.global_shape().rank(); ++dim) {
-    transfer.segments.push_back(segments_between(from, to, dim, source, target));
+    transfer.segments.push_back(
+        meeting(from.runs(source, dim), to.runs(target, dim),
+                [&](Span both) { return given(from, dim, source, target, both); }));
     if (transfer.segments.back().empty()) return std::nullopt;
   }
   return transfer;
@@ -140,6 +155,19 @@ Redistribution plan_redistribution(const TensorLayout& from, const TensorLayout&
       receive->peer = peer;
       plan.receives.push_back(std::move(*receive));
     }
+  }
+  return plan;
+}
+
+Redistribution shared_parts(const TensorLayout& layout, int rank) {
+  Redistribution plan;
+  for (int peer = 0; peer < layout.mesh().ranks(); ++peer) {
+    auto send = peer == rank ? std::nullopt : shared_between(layout, rank, peer);
+    if (!send) continue;
+    auto receive = shared_between(layout, peer, rank);
+    send->peer = receive->peer = peer;
+    plan.sends.push_back(std::move(*send));
+    plan.receives.push_back(std::move(*receive));
   }
   return plan;
 }

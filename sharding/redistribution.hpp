@@ -43,4 +43,8 @@ std::optional<ShardTransfer> transfer_between(const TensorLayout& from, const Te
 /// Throws usage when the layouts differ in global shape or number of ranks.
 Redistribution plan_redistribution(const TensorLayout& from, const TensorLayout& to, int rank);
 
+/// What `rank` holds too of the shards of others, because parts of a dimension share indices: a
+/// send and a receive for each of them. Copies along unused axes do not count.
+Redistribution shared_parts(const TensorLayout& layout, int rank);
+
 }  // namespace annulus

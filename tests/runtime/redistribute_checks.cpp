@@ -6,6 +6,7 @@
 #include <array>
 #include <cstring>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "runtime/redistribute.hpp"
@@ -25,9 +26,10 @@ std::uint64_t pattern(std::uint64_t number) {
   return x ^ (x >> 31);
 }
 
-Bytes expected_bytes(const TensorLayout& layout, int rank, DType dtype) {
+/// `bytes` of `value(number)` for each element of a shard.
+template <typename Value>
+Bytes bytes_by_number(const TensorLayout& layout, int rank, std::size_t bytes, const Value& value) {
   const Shape local = layout.local_shape(rank);
-  const auto bytes = static_cast<std::size_t>(size_bytes(dtype));
   Bytes result(static_cast<std::size_t>(local.elements()) * bytes);
   for (std::int64_t i = 0; i < local.elements(); ++i) {
     std::int64_t rest = i, number = 0, stride = 1;
@@ -36,10 +38,14 @@ Bytes expected_bytes(const TensorLayout& layout, int rank, DType dtype) {
       stride *= layout.global_shape()[dim];
       rest /= local[dim];
     }
-    const std::uint64_t bits = pattern(static_cast<std::uint64_t>(number));
+    const std::uint64_t bits = value(static_cast<std::uint64_t>(number));
     std::memcpy(result.data() + static_cast<std::size_t>(i) * bytes, &bits, bytes);
   }
   return result;
+}
+
+Bytes expected_bytes(const TensorLayout& layout, int rank, DType dtype) {
+  return bytes_by_number(layout, rank, static_cast<std::size_t>(size_bytes(dtype)), pattern);
 }
 
 /// A poisoned shard; with `turned` its first and last dimensions are exchanged in memory.
@@ -100,7 +106,59 @@ void check_gather(Communicator& ranks, const DistributedTensor& tensor, int root
   }
 }
 
+/// What `rank` gives to the sum of element `number`; sums round, so that the order shows.
+float share(std::int64_t number, int rank) {
+  const std::uint64_t bits = pattern(static_cast<std::uint64_t>(number * 64 + rank));
+  return static_cast<float>(bits % 2'000'003) * 1e-3F - 1000.0F;
+}
+
+std::vector<std::int64_t> numbers_of(const TensorLayout& layout, int rank) {
+  const Bytes bytes = bytes_by_number(layout, rank, sizeof(std::int64_t),
+                                      [](std::uint64_t number) { return number; });
+  std::vector<std::int64_t> numbers(bytes.size() / sizeof(std::int64_t));
+  if (!bytes.empty()) std::memcpy(numbers.data(), bytes.data(), bytes.size());
+  return numbers;
+}
+
+/// Sums of `rank`'s elements over the ranks at its own coordinates along unused axes.
+std::vector<float> expected_sums(const TensorLayout& layout, int rank) {
+  const std::vector<std::int64_t> numbers = numbers_of(layout, rank);
+  std::vector<float> sums(numbers.size(), 0.0F);
+  const AxisTuple unused = layout.sharding().unused_axes();
+  for (int other = 0; other < layout.mesh().ranks(); ++other) {
+    if (layout.mesh().group_index(other, unused) != layout.mesh().group_index(rank, unused)) {
+      continue;
+    }
+    const std::vector<std::int64_t> theirs = numbers_of(layout, other);
+    const std::set<std::int64_t> held(theirs.begin(), theirs.end());
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+      if (held.contains(numbers[i])) sums[i] += share(numbers[i], other);
+    }
+  }
+  return sums;
+}
+
 }  // namespace
+
+void check_random_sums(Communicator& ranks, std::uint64_t seed, int trials) {
+  std::mt19937_64 random(seed);
+  for (int trial = 0; trial < trials; ++trial) {
+    const TensorLayout layout = random_layout(random_shape(random), ranks.size(), random);
+    SCOPED_TRACE(
+        fmt::format("seed {} trial {} rank {}: {}", seed, trial, ranks.rank(), layout.to_string()));
+    DistributedTensor tensor = poisoned(layout, ranks.rank(), DType::f32, random() % 2 == 0);
+    std::vector<float> mine;
+    for (const std::int64_t number : numbers_of(layout, ranks.rank())) {
+      mine.push_back(share(number, ranks.rank()));
+    }
+    const TensorView view = tensor.local();
+    copy(ConstTensorView(mine.data(), DType::f32, view.shape), view);
+    sum_shared(tensor, ranks);
+    copy(view, TensorView(mine.data(), DType::f32, view.shape));
+    EXPECT_EQ(mine, layout.root() ? mine : expected_sums(layout, ranks.rank()));
+    if (::testing::Test::HasFailure()) return;
+  }
+}
 
 void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int trials) {
   constexpr std::array kDTypes = {DType::f32, DType::f16, DType::bf16, DType::f64,

@@ -10,4 +10,8 @@ namespace annulus::testing {
 /// in poisoned memory, and no byte may travel that is not missing. Every rank passes the same seed.
 void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int trials);
 
+/// Random layouts whose parts share indices: every holder gives a number of its own, and each must
+/// end with the sum over all holders in rank order, to the bit.
+void check_random_sums(Communicator& ranks, std::uint64_t seed, int trials);
+
 }  // namespace annulus::testing

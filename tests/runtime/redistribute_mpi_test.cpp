@@ -23,6 +23,7 @@ TEST(RedistributeMpi, RandomLayouts) {
   Context context;
   const std::uint64_t seed = common_seed(context.world());
   testing::check_random_redistributions(context.world(), seed, 150);
+  testing::check_random_sums(context.world(), seed, 100);
 }
 
 TEST(RedistributeMpi, MegabytesInPieces) {

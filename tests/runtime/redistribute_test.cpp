@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/error.hpp"
+#include "sharding/head_layout.hpp"
 #include "tests/runtime/redistribute_checks.hpp"
 #include "tests/sharding/random_layout.hpp"
 #include "tests/sharding/thread_communicator.hpp"
@@ -16,6 +17,35 @@ TEST(Redistribute, RandomLayoutsOverThreads) {
       testing::check_random_redistributions(all, testing::fresh_seed(), 60);
     });
   }
+}
+
+TEST(SumShared, RandomLayoutsOverThreads) {
+  for (int ranks = 1; ranks <= 8; ++ranks) {
+    testing::run_ranks(ranks, [](Communicator& all) {
+      testing::check_random_sums(all, testing::fresh_seed(), 60);
+    });
+  }
+}
+
+TEST(SumShared, SendsOnlyWhatIsShared) {
+  testing::run_ranks(2, [](Communicator& all) {
+    const TensorLayout even(
+        {1, 4, 3, 2}, NamedSharding(Mesh::parse("tp=2", 2), PartitionSpec::parse("(-, -, tp)")));
+    const TensorLayout heads = even.with_runs(2, HeadLayout(9, 3, 2).kv_runs());
+    const auto one = [](std::span<const std::int64_t>) { return 1.0; };
+    auto tensor = DistributedTensor::filled(DType::f32, heads, all.rank(), one);
+    sum_shared(tensor, all);
+    EXPECT_EQ(all.bytes_sent(), 4 * 2 * 4);  // 4 rows of the one head that both need
+    const Tensor whole = gather(tensor, all);
+    for (int i = 0; i < 24; ++i) {
+      EXPECT_EQ(static_cast<const float*>(whole.view().data)[i], i / 2 % 3 == 1 ? 2.0F : 1.0F);
+    }
+    auto plain = DistributedTensor::filled(DType::f32, even, all.rank(), one);
+    sum_shared(plain, all);
+    EXPECT_EQ(static_cast<const float*>(plain.local().data)[0], 1.0F);
+    DistributedTensor narrow(DType::f16, heads, all.rank());
+    EXPECT_THROW(sum_shared(narrow, all), Error);
+  });
 }
 
 TEST(Redistribute, LateRanksChangeNothing) {
