@@ -9,7 +9,8 @@
 namespace annulus {
 
 /// Runs `step` on every rank and compares how it ended: when it threw anywhere, all ranks throw the
-/// Error of the lowest rank that failed, so that none is left waiting in a later collective.
+/// Error of the lowest rank that failed (named, unless it is rank 0, which is the one to print),
+/// so that none is left waiting in a later collective.
 /// Collective; `step` itself must not be.
 void agree(Communicator& communicator, const std::function<void()>& step);
 

@@ -52,6 +52,11 @@ void for_each_box(const Selection& selection, const std::function<void(const Box
 void for_each_box_within(const Selection& selection, const Shape& begin, const Shape& extent,
                          const std::function<void(const Box&)>& visit);
 
+/// Calls `visit` once with the grid coordinates of every cell of `cell` elements that the selection
+/// touches, in row-major order.
+void for_each_cell(const Selection& selection, const Shape& cell,
+                   const std::function<void(const Shape&)>& visit);
+
 /// The part of `view` that starts at `begin` and has `extent`; strides stay.
 TensorView subview(const TensorView& view, const Shape& begin, const Shape& extent);
 ConstTensorView subview(const ConstTensorView& view, const Shape& begin, const Shape& extent);
