@@ -8,11 +8,13 @@
 #include <vector>
 
 #include "kernels/types.hpp"
+#include "runtime/chunk_filters.hpp"
 #include "runtime/selection.hpp"
 
 namespace annulus {
 
 struct MpiHandle;
+struct OpenDataset;
 
 /// How a file stores one element.
 struct StoredType {
@@ -35,10 +37,10 @@ struct DatasetInfo {
   Shape shape;
   StoredType type;
   Storage storage = Storage::contiguous;
-  Shape chunk;                   // of Storage::chunked
-  std::vector<int> filters;      // in the order in which they were applied
-  std::int64_t file_offset = 0;  // of Storage::contiguous
-  std::int64_t data_bytes = 0;   // elements × bytes of one
+  Shape chunk;                       // of Storage::chunked
+  std::vector<ChunkFilter> filters;  // in the order in which they were applied
+  std::int64_t file_offset = 0;      // of Storage::contiguous
+  std::int64_t data_bytes = 0;       // elements × bytes of one
 };
 
 struct ReadOptions {
@@ -63,6 +65,8 @@ class Hdf5File {
   std::int64_t bytes() const;
   /// Paths of the datasets, in the file's order, without a leading slash: at most 10,000.
   std::vector<std::string> dataset_paths() const;
+  /// Whether a path leads to an object of this file.
+  bool has(const std::string& object) const;
   /// Throws missing_input when there is no such dataset (naming what there is), bad_data when its
   /// type, rank or storage cannot be read here.
   DatasetInfo describe(const std::string& dataset) const;
@@ -82,6 +86,7 @@ class Hdf5File {
 
  private:
   struct State;
+  OpenDataset open_dataset(const std::string& dataset) const;
   std::unique_ptr<State> state_;
 };
 
