@@ -80,6 +80,8 @@ class Checkpoint {
     Shape shape;
     bool swapped = false;  // stored as [batch, heads, seq, dim]
   };
+  void check(const CheckpointRequest& request);
+  const Field& present(CheckpointField field) const;
   const std::optional<Field>& info(CheckpointField field) const {
     return fields_[static_cast<std::size_t>(field)];
   }
