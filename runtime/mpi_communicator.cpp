@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "kernels/error.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/mpi_window.hpp"
+#include "runtime/operation_log.hpp"
 
 namespace annulus {
 namespace {
@@ -32,7 +34,8 @@ struct Expected {
 
 class MpiExchange final : public Exchange {
  public:
-  MpiExchange() = default;
+  MpiExchange(OperationGroup& group, std::span<const int> peers, std::int64_t bytes)
+      : step_("exchange", group, peers, bytes) {}
   ~MpiExchange() override { abandon(); }
   MpiExchange(const MpiExchange&) = delete;
   MpiExchange& operator=(const MpiExchange&) = delete;
@@ -46,6 +49,7 @@ class MpiExchange final : public Exchange {
   }
   void send(MPI_Comm comm, const void* data, int bytes, int peer, int tag) {
     requests_.push_back(MPI_REQUEST_NULL);
+    sent_.push_back(bytes);
     ANNULUS_CHECK_MPI(MPI_Isend(data, bytes, MPI_BYTE, peer, tag, comm, &requests_.back()));
   }
 
@@ -57,18 +61,26 @@ class MpiExchange final : public Exchange {
       MPI_Status status;
       check(MPI_Test(&requests_[done_], &complete, &status), status);
       if (complete == 0) return false;
+      step_.moved(bytes_of(done_));
     }
     return true;
   }
 
   void wait(Stream) override {
+    const WaitForStep wait(step_);
     for (; done_ < requests_.size(); ++done_) {
       MPI_Status status;
       check(MPI_Wait(&requests_[done_], &status), status);
+      step_.moved(bytes_of(done_));
     }
   }
 
  private:
+  int bytes_of(std::size_t request) const {
+    const std::size_t receives = expected_.size();
+    return request < receives ? expected_[request].bytes : sent_[request - receives];
+  }
+
   /// MPI lets a short message into a longer receive without an error.
   void check(int code, const MPI_Status& status) const {
     if (done_ >= expected_.size()) {
@@ -99,13 +111,16 @@ class MpiExchange final : public Exchange {
 
   std::vector<MPI_Request> requests_;
   std::vector<Expected> expected_;
+  std::vector<int> sent_;  // bytes of the sends
+  LoggedStep step_;
   std::size_t done_ = 0;  // requests before this one are complete
 };
 
 class MpiCommunicator final : public Communicator {
  public:
   /// Takes over `comm`.
-  MpiCommunicator(MPI_Comm comm, const MpiOptions& options) : comm_(comm), options_(options) {
+  MpiCommunicator(MPI_Comm comm, const MpiOptions& options)
+      : comm_(comm), options_(options), group_(world_ranks_of({MPI_Comm_c2f(comm)})) {
     ANNULUS_CHECK_MPI(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN));
     ANNULUS_CHECK_MPI(MPI_Comm_rank(comm_, &rank_));
     ANNULUS_CHECK_MPI(MPI_Comm_size(comm_, &size_));
@@ -125,6 +140,7 @@ class MpiCommunicator final : public Communicator {
 
   std::unique_ptr<Communicator> split(int color, int key) override {
     MPI_Comm part = MPI_COMM_NULL;
+    const WaitingStep step("split", group_, 0);
     ANNULUS_CHECK_MPI(MPI_Comm_split(comm_, color, key, &part));
     return std::make_unique<MpiCommunicator>(part, options_);
   }
@@ -133,7 +149,7 @@ class MpiCommunicator final : public Communicator {
   void all_reduce_sum(std::span<float> values) override;
 
   std::unique_ptr<Window> expose(std::int64_t bytes) override {
-    return make_mpi_window({MPI_Comm_c2f(comm_)}, bytes);
+    return make_mpi_window({MPI_Comm_c2f(comm_)}, group_, bytes);
   }
 
  protected:
@@ -143,6 +159,7 @@ class MpiCommunicator final : public Communicator {
  private:
   MPI_Comm comm_;
   MpiOptions options_;
+  OperationGroup group_;
   int rank_ = 0;
   int size_ = 0;
   std::vector<std::int64_t> sent_pieces_;      // to each peer, so far
@@ -151,7 +168,17 @@ class MpiCommunicator final : public Communicator {
 
 std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
                                                  std::span<const Receive> receives, Stream) {
-  auto exchange = std::make_unique<MpiExchange>();
+  std::vector<int> peers;
+  std::int64_t total = 0;
+  for (const Receive& receive : receives) {
+    peers.push_back(receive.peer);
+    total += receive.bytes;
+  }
+  for (const Send& send : sends) {
+    peers.push_back(send.peer);
+    total += send.bytes;
+  }
+  auto exchange = std::make_unique<MpiExchange>(group_, peers, total);
   const std::int64_t chunk = options_.chunk_bytes;
   for (const Receive& receive : receives) {
     std::int64_t& piece = received_pieces_[static_cast<std::size_t>(receive.peer)];
@@ -179,6 +206,7 @@ void MpiCommunicator::all_gather(std::span<const std::byte> mine, std::span<std:
   require(all.size() == mine.size() * ranks, ExitCode::internal,
           "all_gather: {} bytes from each of {} ranks do not make {}", mine.size(), size_,
           all.size());
+  const WaitingStep step("all_gather", group_, static_cast<std::int64_t>(mine.size()));
   const auto chunk = static_cast<std::size_t>(options_.chunk_bytes);
   if (mine.size() <= chunk) {
     const int bytes = static_cast<int>(mine.size());
@@ -201,6 +229,7 @@ void MpiCommunicator::all_gather(std::span<const std::byte> mine, std::span<std:
 
 /// MPI_Allreduce may add in any order; here each rank adds its part of every block in rank order.
 void MpiCommunicator::all_reduce_sum(std::span<float> values) {
+  const WaitingStep step("all_reduce_sum", group_, static_cast<std::int64_t>(values.size_bytes()));
   const auto ranks = static_cast<std::size_t>(size_);
   const std::size_t most = static_cast<std::size_t>(options_.chunk_bytes) / sizeof(float);
   const std::size_t part =
@@ -225,10 +254,28 @@ void MpiCommunicator::all_reduce_sum(std::span<float> values) {
 
 }  // namespace
 
+std::vector<int> world_ranks_of(MpiHandle handle) {
+  MPI_Group world = MPI_GROUP_NULL;
+  MPI_Group group = MPI_GROUP_NULL;
+  int size = 0;
+  ANNULUS_CHECK_MPI(MPI_Comm_group(MPI_COMM_WORLD, &world));
+  ANNULUS_CHECK_MPI(MPI_Comm_group(MPI_Comm_f2c(handle.fortran), &group));
+  ANNULUS_CHECK_MPI(MPI_Group_size(group, &size));
+  std::vector<int> own(static_cast<std::size_t>(size));
+  std::iota(own.begin(), own.end(), 0);
+  std::vector<int> result(own.size());
+  ANNULUS_CHECK_MPI(MPI_Group_translate_ranks(group, size, own.data(), world, result.data()));
+  ANNULUS_CHECK_MPI(MPI_Group_free(&world));
+  ANNULUS_CHECK_MPI(MPI_Group_free(&group));
+  return result;
+}
+
 std::unique_ptr<Communicator> make_mpi_communicator(MpiHandle handle, const MpiOptions& options) {
   require(options.chunk_bytes > 0 && options.chunk_bytes <= std::numeric_limits<int>::max(),
           ExitCode::usage, "mpi: chunk_bytes {} is outside 1 to 2^31 - 1", options.chunk_bytes);
   MPI_Comm own = MPI_COMM_NULL;
+  const LoggedStep step("communicator");
+  const WaitForStep wait(step);
   ANNULUS_CHECK_MPI(MPI_Comm_dup(MPI_Comm_f2c(handle.fortran), &own));
   return std::make_unique<MpiCommunicator>(own, options);
 }

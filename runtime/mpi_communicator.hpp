@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "sharding/communicator.hpp"
 
@@ -11,6 +12,9 @@ namespace annulus {
 struct MpiHandle {
   int fortran = 0;
 };
+
+/// The ranks of a communicator by their numbers in MPI_COMM_WORLD, which reports and logs use.
+std::vector<int> world_ranks_of(MpiHandle handle);
 
 struct MpiOptions {
   /// Longer messages travel in pieces of so many bytes, the same on all ranks. Open MPI's single

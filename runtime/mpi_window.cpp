@@ -3,6 +3,7 @@
 #include <mpi.h>
 
 #include <exception>
+#include <optional>
 #include <vector>
 
 #include "kernels/error.hpp"
@@ -13,9 +14,11 @@ namespace {
 
 class MpiWindow final : public Window {
  public:
-  MpiWindow(MPI_Comm comm, std::int64_t bytes) {
+  MpiWindow(MPI_Comm comm, OperationGroup& group, std::int64_t bytes) {
+    const WaitingStep step("window", group, bytes);
     ANNULUS_CHECK_MPI(MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node_));
     ANNULUS_CHECK_MPI(MPI_Comm_set_errhandler(node_, MPI_ERRORS_RETURN));
+    node_group_.emplace(world_ranks_of({MPI_Comm_c2f(node_)}));
     allocate(bytes);
     find_peers(comm);
     // One epoch for the window's life: loads and stores are ordered by fence() alone.
@@ -27,6 +30,7 @@ class MpiWindow final : public Window {
     int finalized = 0;
     static_cast<void>(MPI_Finalized(&finalized));
     if (finalized != 0 || std::uncaught_exceptions() > exceptions_) return;
+    const WaitingStep step("window end", *node_group_, 0);
     static_cast<void>(MPI_Win_unlock_all(window_));
     static_cast<void>(MPI_Win_free(&window_));
     static_cast<void>(MPI_Comm_free(&node_));
@@ -38,6 +42,7 @@ class MpiWindow final : public Window {
   const void* peer(int peer) const override { return peers_.at(static_cast<std::size_t>(peer)); }
 
   void fence() override {
+    const WaitingStep step("fence", *node_group_, 0);
     ANNULUS_CHECK_MPI(MPI_Win_sync(window_));
     ANNULUS_CHECK_MPI(MPI_Barrier(node_));
     ANNULUS_CHECK_MPI(MPI_Win_sync(window_));
@@ -81,6 +86,7 @@ class MpiWindow final : public Window {
 
   int exceptions_ = std::uncaught_exceptions();
   MPI_Comm node_ = MPI_COMM_NULL;
+  std::optional<OperationGroup> node_group_;
   MPI_Win window_ = MPI_WIN_NULL;
   void* local_ = nullptr;
   std::vector<const void*> peers_;  // of each rank of the communicator
@@ -88,8 +94,9 @@ class MpiWindow final : public Window {
 
 }  // namespace
 
-std::unique_ptr<Window> make_mpi_window(MpiHandle handle, std::int64_t bytes) {
-  return std::make_unique<MpiWindow>(MPI_Comm_f2c(handle.fortran), bytes);
+std::unique_ptr<Window> make_mpi_window(MpiHandle handle, OperationGroup& group,
+                                        std::int64_t bytes) {
+  return std::make_unique<MpiWindow>(MPI_Comm_f2c(handle.fortran), group, bytes);
 }
 
 }  // namespace annulus
