@@ -1,0 +1,134 @@
+#include "runtime/signals.hpp"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <limits>
+
+#include "runtime/flight_recorder.hpp"
+
+// Present where a sanitizer is linked in.
+extern "C" {
+[[gnu::weak]] void __asan_init();
+[[gnu::weak]] void __tsan_init();
+}
+
+namespace annulus {
+namespace {
+
+std::array<std::atomic<void (*)() noexcept>, 8> actions{};
+std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
+
+const char* name_of(int signal) noexcept {
+  switch (signal) {
+    case SIGTERM:
+      return "SIGTERM";
+    case SIGUSR1:
+      return "SIGUSR1";
+    case SIGUSR2:
+      return "SIGUSR2";
+    case SIGINT:
+      return "SIGINT";
+    case SIGSEGV:
+      return "SIGSEGV";
+    case SIGBUS:
+      return "SIGBUS";
+    case SIGFPE:
+      return "SIGFPE";
+    case SIGILL:
+      return "SIGILL";
+    case SIGABRT:
+      return "SIGABRT";
+    default:
+      return "signal";
+  }
+}
+
+bool has_stalled() noexcept {
+  const auto step = operation_log().waiting();
+  return step && now_ns() - step->moved_ns > stalled_after_ns;
+}
+
+void report(int signal, bool dump) noexcept {
+  SignalText line;
+  append_identity(line);
+  line << name_of(signal) << " in ";
+  append_whereabouts(line);
+  if (dump && dump_steps(name_of(signal))) line << "; last steps in " << dump_folder();
+  line << "\n";
+  line.write_to(STDERR_FILENO);
+}
+
+/// Another thread may be in a handler already, or the same signal may come twice.
+bool is_first_end() noexcept {
+  static std::atomic_flag ending;
+  return !ending.test_and_set();
+}
+
+void end_in_order(int signal) {
+  if (!is_first_end()) return;
+  report(signal, has_stalled());
+  for (const auto& action : actions) {
+    if (void (*run)() noexcept = action.load()) run();
+  }
+  _exit(signal == SIGINT ? 130 : 143);
+}
+
+void end_by_fault(int signal) {
+  if (is_first_end()) {
+    report(signal, true);
+    for (const auto& action : actions) {
+      if (void (*run)() noexcept = action.load()) run();
+    }
+  }
+  // SA_RESETHAND has put the default back; the signal is blocked until this handler returns.
+  static_cast<void>(raise(signal));
+}
+
+void show(int signal) { report(signal, true); }
+
+void handle(int signal, void (*handler)(int), int flags) {
+  struct sigaction action {};
+  action.sa_handler = handler;
+  action.sa_flags = flags;
+  sigfillset(&action.sa_mask);
+  static_cast<void>(sigaction(signal, &action, nullptr));
+}
+
+/// A stack that has overflowed cannot carry the handler.
+void use_own_stack() {
+  static std::array<char, 64 * 1024> memory;
+  stack_t stack{};
+  stack.ss_sp = memory.data();
+  stack.ss_size = memory.size();
+  static_cast<void>(sigaltstack(&stack, nullptr));
+}
+
+}  // namespace
+
+void install_signal_handlers() {
+  static_cast<void>(operation_log());  // exists before the first handler looks for it
+  use_own_stack();
+  for (const int signal : {SIGTERM, SIGUSR1, SIGINT}) handle(signal, end_in_order, SA_RESTART);
+  handle(SIGUSR2, show, SA_RESTART);
+  if (__asan_init != nullptr || __tsan_init != nullptr) return;  // their own reports say more
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {
+    handle(signal, end_by_fault, static_cast<int>(SA_RESETHAND) | SA_ONSTACK);
+  }
+}
+
+void on_signal_end(void (*action)() noexcept) {
+  for (auto& place : actions) {
+    void (*none)() noexcept = nullptr;
+    if (place.compare_exchange_strong(none, action)) return;
+  }
+}
+
+void set_stalled_after(double seconds) noexcept {
+  stalled_after_ns = static_cast<std::int64_t>(seconds * 1e9);
+}
+
+}  // namespace annulus
