@@ -8,6 +8,8 @@
 
 #include "kernels/cuda_support.hpp"
 #include "runtime/mpi_check.hpp"
+#include "runtime/operation_log.hpp"
+#include "runtime/watchdog.hpp"
 
 namespace annulus {
 namespace {
@@ -46,13 +48,18 @@ class Context::MpiLifetime {
   MpiLifetime() : started_(!mpi_is_running()), exceptions_(std::uncaught_exceptions()) {
     if (!started_) return;
     int provided = 0;
+    const LoggedStep step("start of MPI");
+    const WaitForStep wait(step);
     ANNULUS_CHECK_MPI(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided));
     require(provided == MPI_THREAD_MULTIPLE, ExitCode::usage,
             "context: this MPI gives thread level {}, MPI_THREAD_MULTIPLE ({}) is needed", provided,
             MPI_THREAD_MULTIPLE);
   }
   ~MpiLifetime() {
-    if (started_ && std::uncaught_exceptions() == exceptions_) static_cast<void>(MPI_Finalize());
+    if (!started_ || std::uncaught_exceptions() != exceptions_) return;
+    const LoggedStep step("end of MPI");
+    const WaitForStep wait(step);
+    static_cast<void>(MPI_Finalize());
   }
   MpiLifetime(const MpiLifetime&) = delete;
   MpiLifetime& operator=(const MpiLifetime&) = delete;
@@ -62,9 +69,26 @@ class Context::MpiLifetime {
   int exceptions_;
 };
 
+/// While it lives the ranks' watchdogs, where they were started, speak to each other.
+class Context::Watch {
+ public:
+  explicit Watch(MpiHandle ranks) : exceptions_(std::uncaught_exceptions()) {
+    Watchdog::of_process().connect(ranks);
+  }
+  ~Watch() {
+    if (std::uncaught_exceptions() == exceptions_) Watchdog::of_process().disconnect();
+  }
+  Watch(const Watch&) = delete;
+  Watch& operator=(const Watch&) = delete;
+
+ private:
+  int exceptions_;
+};
+
 Context::Context(const MpiOptions& options)
     : lifetime_(std::make_unique<MpiLifetime>()),
       mpi_(MpiHandle{MPI_Comm_c2f(MPI_COMM_WORLD)}),
+      watch_(std::make_unique<Watch>(*mpi_)),
       world_(make_mpi_communicator(*mpi_, options)) {
   refuse_singletons(world_->size());
   find_nodes();
@@ -72,7 +96,9 @@ Context::Context(const MpiOptions& options)
 }
 
 Context::Context(MpiHandle handle, const MpiOptions& options)
-    : mpi_(handle), world_(make_mpi_communicator(handle, options)) {
+    : mpi_(handle),
+      watch_(std::make_unique<Watch>(handle)),
+      world_(make_mpi_communicator(handle, options)) {
   find_nodes();
   choose_device();
 }

@@ -62,12 +62,14 @@ class Context {
 
  private:
   class MpiLifetime;
+  class Watch;
 
   void find_nodes();
   void choose_device();
 
   std::unique_ptr<MpiLifetime> lifetime_;  // outlives the communicators
   std::optional<MpiHandle> mpi_;
+  std::unique_ptr<Watch> watch_;
   std::unique_ptr<Communicator> world_;
   // Key: the mesh and those of the axes that have several ranks.
   std::map<std::pair<std::string, AxisTuple>, std::unique_ptr<Communicator>> along_;
