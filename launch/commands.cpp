@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "kernels/error.hpp"
+#include "launch/diverged.hpp"
 #include "launch/info.hpp"
 
 namespace annulus::launch {
@@ -14,6 +15,7 @@ namespace {
 
 constexpr std::array kCommands = {
     Command{"info", "the build, MPI, devices and ranks per node", show_info},
+    Command{"diverged", "the first rank that left the course of a job that hung", name_diverged},
 };
 
 std::string names(std::span<const Command> table) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "runtime/context.hpp"
+#include "runtime/operation_log.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -77,6 +78,8 @@ int report_failure(ExitCode code, std::string_view message) {
     print(rank, message);
     end_all_ranks(code);
   }
+  const LoggedStep step("report of a failure");
+  const WaitForStep wait(step);
   if (is_first_to_say(rank, message)) print(rank, message);
   MPI_Barrier(MPI_COMM_WORLD);  // all is said before the launcher sees the first rank end
   MPI_Finalize();

@@ -6,10 +6,12 @@
 #include "kernels/error.hpp"
 #include "launch/commands.hpp"
 #include "launch/failure.hpp"
+#include "launch/guard.hpp"
 
 int main(int argc, char** argv) {
   using namespace annulus;
   try {
+    launch::guard_process();
     launch::run_program(std::vector<std::string>(argv + 1, argv + argc));
     return 0;
   } catch (const Error& error) {

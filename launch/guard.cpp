@@ -1,0 +1,20 @@
+#include "launch/guard.hpp"
+
+#include "runtime/flight_recorder.hpp"
+#include "runtime/signals.hpp"
+#include "runtime/watchdog.hpp"
+
+namespace annulus::launch {
+namespace {
+
+constexpr double kTimeoutSeconds = 30.0;
+
+}  // namespace
+
+void guard_process() {
+  identify_process(identity_from_environment());
+  install_signal_handlers();
+  Watchdog::of_process().start(kTimeoutSeconds);
+}
+
+}  // namespace annulus::launch
