@@ -1,6 +1,7 @@
 #include "launch/guard.hpp"
 
 #include "runtime/flight_recorder.hpp"
+#include "runtime/pending_file.hpp"
 #include "runtime/signals.hpp"
 #include "runtime/watchdog.hpp"
 
@@ -13,6 +14,7 @@ constexpr double kTimeoutSeconds = 30.0;
 
 void guard_process() {
   identify_process(identity_from_environment());
+  on_signal_end(remove_pending_files);
   install_signal_handlers();
   Watchdog::of_process().start(kTimeoutSeconds);
 }

@@ -17,6 +17,7 @@ namespace annulus {
 namespace {
 
 constexpr std::string_view kHeader = "annulus-steps 1";
+constexpr std::int64_t kPauseNs = 1'000'000'000;
 
 StepRecord::State state_of(const std::string& word) {
   for (const auto state : {StepRecord::State::open, StepRecord::State::waiting,
@@ -52,7 +53,7 @@ void parse_head(std::istream& file, RankDump& dump) {
   std::getline(file, dump.reason);
   file >> label >> std::ws;
   std::getline(file, dump.phase);
-  file >> label >> dump.now_ns >> std::ws;
+  file >> label >> dump.paused_ns >> label >> dump.suspect >> label >> dump.now_ns >> std::ws;
 }
 
 std::string list(const std::vector<int>& ranks) {
@@ -85,13 +86,39 @@ std::vector<int> waiting_for(std::span<const RankDump> dumps, int rank) {
   return result;
 }
 
-// ---- the four rules -----------------------------------------------------------------------------
+// ---- the rules -----------------------------------------------------------------------------
+
+std::optional<Divergence> paused(std::span<const RankDump> dumps) {
+  const auto longest = std::max_element(
+      dumps.begin(), dumps.end(),
+      [](const RankDump& a, const RankDump& b) { return a.paused_ns < b.paused_ns; });
+  if (longest->paused_ns < kPauseNs) return std::nullopt;
+  return Divergence{longest->rank,
+                    fmt::format("its process did not run for {:.1f} s, in phase {}: "
+                                "stopped, or without a processor",
+                                static_cast<double>(longest->paused_ns) * 1e-9, longest->phase)};
+}
+
+/// The one of `ranks` that most others blame; absent when none does.
+std::optional<int> most_blamed(std::span<const RankDump> dumps, const std::set<int>& ranks) {
+  std::map<int, int> blamed;
+  for (const RankDump& dump : dumps) {
+    if (ranks.contains(dump.suspect)) ++blamed[dump.suspect];
+  }
+  const auto most =
+      std::max_element(blamed.begin(), blamed.end(),
+                       [](const auto& a, const auto& b) { return a.second < b.second; });
+  return most == blamed.end() ? std::nullopt : std::optional(most->first);
+}
 
 std::optional<Divergence> without_dump(std::span<const RankDump> dumps) {
   std::set<int> missing;
   for (int rank = 0; rank < dumps.front().size; ++rank) missing.insert(rank);
   for (const RankDump& dump : dumps) missing.erase(dump.rank);
   if (missing.empty()) return std::nullopt;
+  if (const auto rank = most_blamed(dumps, missing)) {
+    return Divergence{*rank, "left no dump and did not answer the others"};
+  }
   for (const RankDump& dump : dumps) {
     const RankDump::Step* step = dump.waiting();
     if (step == nullptr) continue;
@@ -242,7 +269,7 @@ std::vector<RankDump> read_dumps(const std::string& folder) {
 
 Divergence first_divergence(std::span<const RankDump> dumps) {
   if (dumps.empty()) return {};
-  for (const auto& rule : {without_dump, other_kind, working_alone, waiting_elsewhere}) {
+  for (const auto& rule : {paused, without_dump, other_kind, working_alone, waiting_elsewhere}) {
     if (const auto found = rule(dumps)) return *found;
   }
   return {-1, "all ranks wait for each other in the same steps: the transport between them stands"};

@@ -21,6 +21,8 @@ struct RankDump {
   std::string host;
   std::string reason;
   std::string phase;
+  std::int64_t paused_ns = 0;  // OperationLog::paused_ns()
+  int suspect = -1;            // whom its watchdog blamed
   std::int64_t now_ns = 0;
   std::vector<Step> steps;  // oldest first
 
@@ -41,9 +43,10 @@ struct Divergence {
   std::string reason;
 };
 
-/// Looks, in this order, for a rank without a dump; for a collective step of which one rank's kind
-/// or size is not that of the others; for a rank that waits for nobody; for a rank that waits for
-/// ranks which do not wait for it.
+/// Looks, in this order, for a process that did not run for over a second, as when it was stopped;
+/// for a rank without a dump that others blame; for the others without one; for a collective step
+/// of which one rank's kind or size is not that of the others; for a rank that waits for nobody;
+/// for a rank that waits for ranks which do not wait for it.
 Divergence first_divergence(std::span<const RankDump> dumps);
 
 }  // namespace annulus

@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -21,6 +22,7 @@ struct Identity {
   std::array<char, 64> host{};
   std::array<char, 512> folder{};
   std::array<char, 560> file{};
+  std::array<char, 560> part{};  // its name until it is complete
 };
 
 Identity& identity() {
@@ -65,7 +67,8 @@ void write_dump(int file, std::string_view reason) noexcept {
   SignalText head;
   head << "annulus-steps 1\nrank " << me.rank << " size " << me.size << " pid " << getpid()
        << " host " << me.host.data() << "\nreason " << reason << "\nphase " << log.phase()
-       << "\nnow " << now_ns() << "\n";
+       << "\npaused " << log.paused_ns() << " suspect " << log.suspect() << " now " << now_ns()
+       << "\n";
   head.write_to(file);
   const std::int64_t newest = log.newest();
   const std::int64_t oldest = std::max<std::int64_t>(1, newest - OperationLog::kKept + 1);
@@ -114,6 +117,7 @@ void identify_process(const ProcessIdentity& process) {
   std::string digits = std::to_string(process.rank);
   digits.insert(0, digits.size() < 6 ? 6 - digits.size() : 0, '0');
   copy_text(process.dump_folder + "/rank-" + digits, to.file);
+  copy_text(process.dump_folder + "/.rank-" + digits, to.part);
 }
 
 void append_identity(SignalText& text) noexcept {
@@ -154,10 +158,11 @@ bool dump_steps(std::string_view reason) noexcept {
   const Identity& me = identity();
   static_cast<void>(mkdir(me.folder.data(), 0777));
   const int file =
-      open(me.file.data(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
+      open(me.part.data(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
   if (file >= 0) {
     write_dump(file, reason);
     static_cast<void>(close(file));
+    static_cast<void>(rename(me.part.data(), me.file.data()));
   }
   under_way.clear();
   return file >= 0;

@@ -274,8 +274,8 @@ std::unique_ptr<Communicator> make_mpi_communicator(MpiHandle handle, const MpiO
   require(options.chunk_bytes > 0 && options.chunk_bytes <= std::numeric_limits<int>::max(),
           ExitCode::usage, "mpi: chunk_bytes {} is outside 1 to 2^31 - 1", options.chunk_bytes);
   MPI_Comm own = MPI_COMM_NULL;
-  const LoggedStep step("communicator");
-  const WaitForStep wait(step);
+  OperationGroup group(world_ranks_of(handle));
+  const WaitingStep step("communicator", group, 0);
   ANNULUS_CHECK_MPI(MPI_Comm_dup(MPI_Comm_f2c(handle.fortran), &own));
   return std::make_unique<MpiCommunicator>(own, options);
 }

@@ -8,6 +8,8 @@
 namespace annulus {
 namespace {
 
+constexpr std::int64_t kPauseKeptNs = 60'000'000'000;
+
 std::uint64_t hash(std::span<const int> ranks) {
   std::uint64_t value = 0xcbf29ce484222325;  // FNV-1a, 64 bits, a rank at a time
   for (const int rank : ranks) {
@@ -147,6 +149,25 @@ std::optional<StepRecord> OperationLog::step(std::int64_t number) const noexcept
 std::optional<StepRecord> OperationLog::waiting() const noexcept { return step(waiting_); }
 
 std::optional<StepRecord> OperationLog::last() const noexcept { return step(newest_); }
+
+// ---- signs of life ------------------------------------------------------------------------------
+
+void OperationLog::note_running() noexcept {
+  const std::int64_t now = now_ns();
+  const std::int64_t before = running_ns_.exchange(now);
+  if (before == 0) return;
+  const bool forgotten = now - pause_end_ns_ > kPauseKeptNs;
+  if (!forgotten && now - before <= pause_ns_) return;
+  pause_ns_ = now - before;
+  pause_end_ns_ = now;
+}
+
+std::int64_t OperationLog::paused_ns() const noexcept {
+  const std::int64_t now = now_ns();
+  const std::int64_t before = running_ns_;
+  const std::int64_t lasts = before == 0 ? 0 : now - before;
+  return now - pause_end_ns_ > kPauseKeptNs ? lasts : std::max(lasts, pause_ns_.load());
+}
 
 LoggedStep::LoggedStep(std::string_view literal_name, OperationGroup& group,
                        std::span<const int> peers, std::int64_t bytes)

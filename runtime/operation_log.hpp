@@ -78,6 +78,15 @@ class OperationLog {
   void enter_phase(const char* literal) noexcept { phase_.store(literal); }
   const char* phase() const noexcept { return phase_.load(); }
 
+  /// The watchdog's thread runs now: pauses between two calls are times in which the whole process
+  /// did not, such as after SIGSTOP.
+  void note_running() noexcept;
+  /// The pause that lasts, or the longest that ended less than a minute ago.
+  std::int64_t paused_ns() const noexcept;
+  /// The rank that the watchdog blames for the present wait; -1: none.
+  void blame(int rank) noexcept { suspect_.store(rank); }
+  int suspect() const noexcept { return suspect_.load(); }
+
   /// World ranks of a group that is alive; empty otherwise.
   std::vector<int> members(std::uint64_t group) const;
 
@@ -109,6 +118,10 @@ class OperationLog {
   std::atomic<std::int64_t> newest_{0};
   std::atomic<std::int64_t> waiting_{0};
   std::atomic<const char*> phase_{"starting"};
+  std::atomic<std::int64_t> running_ns_{0};  // the last sign of the watchdog's thread; 0: none
+  std::atomic<std::int64_t> pause_ns_{0};
+  std::atomic<std::int64_t> pause_end_ns_{0};
+  std::atomic<int> suspect_{-1};
   mutable std::mutex groups_mutex_;
   std::map<std::uint64_t, std::vector<int>> groups_;    // by id
   std::map<std::uint64_t, std::int64_t> group_counts_;  // by hash of the ranks

@@ -22,6 +22,9 @@ namespace {
 std::array<std::atomic<void (*)() noexcept>, 8> actions{};
 std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
 
+constexpr std::int64_t kRecentSteps = 16;
+constexpr std::int64_t kRecentNs = 5'000'000'000;
+
 const char* name_of(int signal) noexcept {
   switch (signal) {
     case SIGTERM:
@@ -47,9 +50,19 @@ const char* name_of(int signal) noexcept {
   }
 }
 
+/// A step that just ended counts as well: peers that were stopped go on when the job is ended.
 bool has_stalled() noexcept {
-  const auto step = operation_log().waiting();
-  return step && now_ns() - step->moved_ns > stalled_after_ns;
+  const OperationLog& log = operation_log();
+  const std::int64_t now = now_ns();
+  const std::int64_t newest = log.newest();
+  for (std::int64_t number = newest; number > newest - kRecentSteps; --number) {
+    const auto step = log.step(number);
+    if (!step || (step->ended_ns != 0 && now - step->ended_ns > kRecentNs)) continue;
+    const std::int64_t end = step->ended_ns != 0 ? step->ended_ns : now;
+    const bool waited = step->ended_ns != 0 || step->state == StepRecord::State::waiting;
+    if (waited && end - step->moved_ns > stalled_after_ns) return true;
+  }
+  return log.paused_ns() > stalled_after_ns;
 }
 
 void report(int signal, bool dump) noexcept {

@@ -24,8 +24,8 @@
 #include "runtime/flight_recorder.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/operation_log.hpp"
-#include "runtime/watched_peers.hpp"
 #include "runtime/signals.hpp"
+#include "runtime/watched_peers.hpp"
 
 namespace annulus {
 namespace {
@@ -188,6 +188,7 @@ class Watchdog::Thread {
   void look() {
     const std::int64_t now = now_ns();
     own_.sample(now);
+    operation_log().note_running();
     const auto waiting = operation_log().waiting();
     follow(waiting);
     if (asks_) {
@@ -284,6 +285,7 @@ class Watchdog::Thread {
 
   void append_suspect(SignalText& text, std::int64_t now) const {
     const WatchedPeers::Suspect suspect = watch_.suspect(now);
+    operation_log().blame(suspect.rank);
     if (suspect.rank < 0) return;
     text << "; suspect ";
     append_rank(text, suspect.rank);

@@ -51,6 +51,22 @@ TEST(Divergence, NamesTheRankThatLeftNoDump) {
   EXPECT_EQ(first_divergence(dumps).rank, 2);
 }
 
+TEST(Divergence, NamesTheRankThatDidNotRun) {
+  std::vector<RankDump> dumps;
+  for (int rank = 0; rank < 4; ++rank) {
+    dumps.push_back(dump(rank, {collective(1, "fence", 0, State::waiting)}));
+    dumps.back().paused_ns = rank == 1 ? 2'500'000'000 : 10'000'000;
+  }
+  EXPECT_EQ(first_divergence(dumps).rank, 1);
+}
+
+TEST(Divergence, NamesTheMissingRankThatOthersBlame) {
+  std::vector<RankDump> dumps = {dump(1, {collective(1, "fence", 0, State::waiting)}),
+                                 dump(3, {collective(1, "fence", 0, State::waiting)})};
+  for (RankDump& one : dumps) one.suspect = 2;
+  EXPECT_EQ(first_divergence(dumps).rank, 2);
+}
+
 TEST(Divergence, NamesTheRankWithAnotherCollective) {
   std::vector<RankDump> dumps;
   for (int rank = 0; rank < 4; ++rank) {
