@@ -49,13 +49,14 @@ Bytes expected_bytes(const TensorLayout& layout, int rank, DType dtype) {
 }
 
 /// A poisoned shard; with `turned` its first and last dimensions are exchanged in memory.
-DistributedTensor poisoned(const TensorLayout& layout, int rank, DType dtype, bool turned) {
+DistributedTensor poisoned(const TensorLayout& layout, int rank, DType dtype, Device device,
+                           bool turned) {
   Shape shape = layout.local_shape(rank);
   const int last = shape.rank() - 1;
   if (turned) std::swap(shape[0], shape[last]);
-  Buffer buffer(Device::cpu, std::max<std::int64_t>(shape.elements() * size_bytes(dtype), 1));
-  fill_bytes(buffer.data(), Device::cpu, 0xA5, buffer.bytes());
-  const TensorView memory(buffer.data(), dtype, shape);
+  Buffer buffer(device, std::max<std::int64_t>(shape.elements() * size_bytes(dtype), 1));
+  fill_bytes(buffer.data(), device, 0xA5, buffer.bytes());
+  const TensorView memory(buffer.data(), dtype, shape, device);
   const TensorView view = turned ? memory.transposed(0, last) : memory;
   return {Tensor(std::move(buffer), view), layout, rank};
 }
@@ -94,7 +95,8 @@ void check_gather(Communicator& ranks, const DistributedTensor& tensor, int root
   const auto whole = expected_bytes(TensorLayout::only_on(root, tensor.global_shape(), mesh), root,
                                     tensor.dtype());
   const auto bytes_of = [&](const Tensor& gathered) {
-    const auto* data = static_cast<const std::uint8_t*>(gathered.view().data);
+    const Tensor host = Tensor::copy_of(gathered.view(), std::nullopt, Device::cpu);
+    const auto* data = static_cast<const std::uint8_t*>(host.view().data);
     return Bytes(data, data + whole.size());
   };
   const Tensor all = gather(tensor, ranks);
@@ -140,13 +142,14 @@ std::vector<float> expected_sums(const TensorLayout& layout, int rank) {
 
 }  // namespace
 
-void check_random_sums(Communicator& ranks, std::uint64_t seed, int trials) {
+void check_random_sums(Communicator& ranks, std::uint64_t seed, int trials, Device device) {
   std::mt19937_64 random(seed);
   for (int trial = 0; trial < trials; ++trial) {
     const TensorLayout layout = random_layout(random_shape(random), ranks.size(), random);
     SCOPED_TRACE(
         fmt::format("seed {} trial {} rank {}: {}", seed, trial, ranks.rank(), layout.to_string()));
-    DistributedTensor tensor = poisoned(layout, ranks.rank(), DType::f32, random() % 2 == 0);
+    DistributedTensor tensor =
+        poisoned(layout, ranks.rank(), DType::f32, device, random() % 2 == 0);
     std::vector<float> mine;
     for (const std::int64_t number : numbers_of(layout, ranks.rank())) {
       mine.push_back(share(number, ranks.rank()));
@@ -160,7 +163,8 @@ void check_random_sums(Communicator& ranks, std::uint64_t seed, int trials) {
   }
 }
 
-void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int trials) {
+void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int trials,
+                                  Device device) {
   constexpr std::array kDTypes = {DType::f32, DType::f16, DType::bf16, DType::f64,
                                   DType::u8,  DType::i32, DType::i64};
   std::mt19937_64 random(seed);
@@ -171,9 +175,9 @@ void check_random_redistributions(Communicator& ranks, std::uint64_t seed, int t
     const TensorLayout b = random_layout(shape, ranks.size(), random);
     SCOPED_TRACE(fmt::format("seed {} trial {} rank {}: {} {} -> {}", seed, trial, ranks.rank(),
                              name(dtype), a.to_string(), b.to_string()));
-    DistributedTensor first = poisoned(a, ranks.rank(), dtype, random() % 2 == 0);
-    DistributedTensor second = poisoned(b, ranks.rank(), dtype, random() % 2 == 0);
-    DistributedTensor back = poisoned(a, ranks.rank(), dtype, random() % 2 == 0);
+    DistributedTensor first = poisoned(a, ranks.rank(), dtype, device, random() % 2 == 0);
+    DistributedTensor second = poisoned(b, ranks.rank(), dtype, device, random() % 2 == 0);
+    DistributedTensor back = poisoned(a, ranks.rank(), dtype, device, random() % 2 == 0);
     write(expected_bytes(a, ranks.rank(), dtype), first);
     check_trip(ranks, first, second);
     check_trip(ranks, second, back);
