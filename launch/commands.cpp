@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "kernels/error.hpp"
+#include "launch/bench.hpp"
 #include "launch/diverged.hpp"
 #include "launch/info.hpp"
 
@@ -16,6 +17,7 @@ namespace {
 constexpr std::array kCommands = {
     Command{"info", "the build, MPI, devices and ranks per node", show_info},
     Command{"diverged", "the first rank that left the course of a job that hung", name_diverged},
+    Command{"bench", "measures kernels, ring, io, decode beside their ceilings", run_bench},
 };
 
 std::string names(std::span<const Command> table) {

@@ -1,0 +1,18 @@
+#include "launch/bench.hpp"
+
+#include <array>
+
+#include "launch/bench_io.hpp"
+
+namespace annulus::launch {
+namespace {
+
+constexpr std::array kBenches = {
+    Command{"io", "reading and writing HDF5 beside plain pread and pwrite", bench_io},
+};
+
+}  // namespace
+
+void run_bench(Arguments arguments) { dispatch("annulus bench", kBenches, arguments); }
+
+}  // namespace annulus::launch
