@@ -58,8 +58,9 @@ Shape::Shape(std::span<const std::int64_t> dims) : rank_(static_cast<int>(dims.s
 std::int64_t Shape::elements() const {
   std::int64_t product = 1;
   for (const std::int64_t dim : dims()) {
-    require(dim >= 0 && !__builtin_mul_overflow(product, dim, &product), ExitCode::bad_data,
-            "shape {}: the number of elements does not fit 63 bits", to_string());
+    if (dim >= 0 && !__builtin_mul_overflow(product, dim, &product)) continue;
+    throw Error(ExitCode::bad_data,
+                fmt::format("shape {}: the number of elements does not fit 63 bits", to_string()));
   }
   return product;
 }
@@ -87,10 +88,12 @@ bool BasicTensorView<Pointer>::is_contiguous() const {
 
 template <typename Pointer>
 BasicTensorView<Pointer> BasicTensorView<Pointer>::slice(int dim, Span range) const {
-  require(0 <= dim && dim < rank() && 0 <= range.begin && range.begin <= range.end &&
-              range.end <= shape[dim],
-          ExitCode::internal, "slice: [{}, {}) of dimension {} of {}", range.begin, range.end, dim,
-          shape.to_string());
+  const bool inside = 0 <= dim && dim < rank() && 0 <= range.begin && range.begin <= range.end &&
+                      range.end <= shape[dim];
+  if (!inside) {  // text only then: copies slice row by row
+    throw Error(ExitCode::internal, fmt::format("slice: [{}, {}) of dimension {} of {}",
+                                                range.begin, range.end, dim, shape.to_string()));
+  }
   using Byte =
       std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   BasicTensorView part = *this;
