@@ -2,6 +2,7 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <exception>
 #include <optional>
 #include <vector>
@@ -55,7 +56,9 @@ class MpiWindow final : public Window {
     MPI_Info info = MPI_INFO_NULL;
     ANNULUS_CHECK_MPI(MPI_Info_create(&info));
     ANNULUS_CHECK_MPI(MPI_Info_set(info, "alloc_shared_noncontig", "true"));
-    ANNULUS_CHECK_MPI(MPI_Win_allocate_shared(bytes, 1, info, node_, &local_, &window_));
+    // An empty part needs an address too: null means another node.
+    ANNULUS_CHECK_MPI(MPI_Win_allocate_shared(std::max<std::int64_t>(bytes, 1), 1, info, node_,
+                                              &local_, &window_));
     ANNULUS_CHECK_MPI(MPI_Info_free(&info));
     ANNULUS_CHECK_MPI(MPI_Win_set_errhandler(window_, MPI_ERRORS_RETURN));
   }

@@ -130,6 +130,11 @@ inline void check_window(Communicator& c) {
     window->fence();
   }
   EXPECT_EQ(window->peer(c.rank()), window->local());
+  // Null says that a peer is on another node, not that its part is empty.
+  const std::unique_ptr<Window> uneven = c.expose(c.rank() % 2 * 64);
+  for (int peer = 0; peer < c.size(); ++peer) {
+    EXPECT_EQ(uneven->peer(peer) == nullptr, window->peer(peer) == nullptr);
+  }
 }
 
 }  // namespace annulus::testing

@@ -343,8 +343,9 @@ class ThreadWindow final : public Window {
 
 std::unique_ptr<Window> ThreadCommunicator::expose(std::int64_t bytes) {
   delay_();
-  const auto own =
-      std::make_shared<std::vector<std::byte>>(static_cast<std::size_t>(bytes), std::byte{0xFF});
+  // An empty part has an address too: null means another node.
+  const auto own = std::make_shared<std::vector<std::byte>>(
+      static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), std::byte{0xFF});
   std::vector<ThreadWindow::Memory> memory;
   group_->meet(rank_, {"expose", sizeof own, &own}, [&](const auto& contributions) {
     for (std::size_t peer = 0; peer < contributions.size(); ++peer) {
