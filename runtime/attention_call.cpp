@@ -1,0 +1,410 @@
+#include "runtime/attention_call.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "kernels/error.hpp"
+#include "runtime/redistribute.hpp"
+
+namespace annulus {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+/// The same memory as [batch, seq, heads, dim].
+ConstTensorView in_bthd(const ConstTensorView& view, DimOrder order) {
+  if (order == DimOrder::bthd || view.rank() == 2 || view.rank() == 1) return view;
+  if (order == DimOrder::bhtd) return view.transposed(1, 2);
+  const Shape& n = view.shape;
+  const Shape& s = view.strides;
+  return {
+      view.data, view.dtype, {1, n[0], n[1], n[2]}, {n[0] * s[0], s[0], s[1], s[2]}, view.device};
+}
+
+/// A view to hand to code that only reads through tensors.
+TensorView readable(const ConstTensorView& view) {
+  return {const_cast<void*>(view.data), view.dtype, view.shape, view.strides, view.device};
+}
+
+bool rows_are_dense(const ConstTensorView& view) {
+  const int last = view.rank() - 1;
+  return view.shape[last] <= 1 || view.strides[last] == 1;
+}
+
+template <typename Text>
+std::uint64_t digest_of(const std::vector<Text>& values) {
+  return digest({reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Text)});
+}
+
+std::string in_words(const DistributedTensor& tensor) {
+  std::uint64_t dealt = 0;
+  const TensorLayout& layout = tensor.layout();
+  for (int rank = 0; rank < layout.mesh().ranks(); ++rank) {
+    for (int dim = 0; dim < layout.global_shape().rank(); ++dim) {
+      dealt = dealt * 31 + digest_of(layout.runs(rank, dim));
+    }
+  }
+  return fmt::format("{} {} dealt {:016x}", name(tensor.dtype()), layout.to_string(), dealt);
+}
+
+std::string in_words(const AttentionMask& mask) {
+  std::uint64_t segments = 0;
+  for (const auto* side : {&mask.q_segments, &mask.kv_segments}) {
+    for (const std::vector<Segment>& row : *side) segments = segments * 31 + digest_of(row);
+  }
+  return fmt::format(
+      "window {},{}, {}x{} segment rows {:016x}, {}, prefix {:016x}, blocks {}x{} {:016x}",
+      mask.window_left, mask.window_right, mask.q_segments.size(), mask.kv_segments.size(),
+      segments, mask.align_per_segment ? "aligned per segment" : "aligned whole",
+      digest_of(mask.prefix_lengths), mask.block_q, mask.block_kv, digest_of(mask.kept_blocks));
+}
+
+/// Ranks of the first run of `members` that share a node, if all runs of that length do; else 1.
+int ranks_per_node(const Context& context, const std::vector<int>& members) {
+  std::size_t length = 1;
+  while (length < members.size() &&
+         context.node_of(members[length]) == context.node_of(members.front())) {
+    ++length;
+  }
+  for (std::size_t i = 0; i < members.size(); ++i) {
+    if (context.node_of(members[i]) != context.node_of(members[i - i % length])) return 1;
+  }
+  return members.size() % length == 0 ? static_cast<int>(length) : 1;
+}
+
+}  // namespace
+
+AttentionCall::AttentionCall(const AttentionOperation& operation, const AttentionInputs& inputs,
+                             const AttentionOptions& options, Device device)
+    : operation_(operation),
+      inputs_(inputs),
+      options_(options),
+      device_(device),
+      context_(*operation.metadata().context),
+      rank_(context_.rank()) {
+  try {
+    plan();
+  } catch (const Error& error) {
+    failure_ = Error(error.code(), fmt::format("{}: {}", operation.name(), error.what()));
+  }
+}
+
+void AttentionCall::plan() {
+  require(!options_.attention_weights || operation_.traits().weights, ExitCode::usage,
+          "attention_weights are never formed here; use --op vanilla");
+  const AttentionShape shape = shape_of(inputs_, options_.order);
+  const TensorLayout query = bthd_layout(inputs_.query.layout(), options_.order);
+  const TensorLayout key = bthd_layout(inputs_.key.layout(), options_.order);
+  const AttentionOperation::Traits& traits = operation_.traits();
+  setup_ = make_setup(operation_.metadata(), shape, options_, operation_.causal(options_),
+                      traits.key_rows, {&query, &key});
+  const Span batch = setup_->batch(rank_);
+  mask_ = mask_of(setup_->mask, batch);
+  const int part = setup_->sequence_part(rank_);
+  const std::span<const RowRun> runs = setup_->q_rows.runs(part);
+  positions_ = positions_of(runs);
+  if (idle()) return;
+  if (traits.key_rows == KeyRows::whole) {
+    const std::vector<RowRun> all = {{0, {0, shape.seq_kv}}};
+    local_mask_ = localize(mask_, runs, {&all, 1});
+    return;
+  }
+  auto request = std::make_shared<PlanRequest>();
+  const int head_part = setup_->head_part(rank_);
+  const HeadGroups groups = setup_->heads.groups(head_part);
+  request->scheme = operation_.scheme(*setup_, options_);
+  request->q_layout = setup_->q_rows;
+  request->kv_layout = setup_->kv_rows;
+  request->mask = mask_;
+  request->batch = batch.size();
+  request->q_heads = setup_->heads.q_heads(head_part).size();
+  request->kv_heads = setup_->heads.kv_heads(head_part).size();
+  request->group_size = groups.group_size;
+  request->q_head_offset = groups.q_head_offset;
+  request->node_ranks =
+      ranks_per_node(context_, setup_->mesh().group(rank_, setup_->sequence_axes));
+  request->stage_rows = operation_.tuning().stage_rows;
+  plan_.emplace(std::move(request), part);
+}
+
+bool AttentionCall::idle() const {
+  return setup_->batch(rank_).empty() || setup_->heads.q_heads(setup_->head_part(rank_)).empty();
+}
+
+std::int64_t AttentionCall::kept_pairs() const {
+  if (idle()) return 0;
+  const std::int64_t heads = setup_->heads.q_heads(setup_->head_part(rank_)).size();
+  if (plan_) return plan_->area() * heads;
+  std::int64_t pairs = 0;
+  for (std::int64_t b = 0; b < setup_->batch(rank_).size(); ++b) pairs += local_mask_.area(b);
+  return pairs * heads;
+}
+
+void AttentionCall::state(Statement& statement) const {
+  const OperationMetadata& metadata = operation_.metadata();
+  const OperationTuning& tuning = operation_.tuning();
+  statement.add("version", ANNULUS_VERSION)
+      .add("operation", operation_.name())
+      .add("mesh", metadata.mesh.to_string())
+      .add("backend", metadata.backend)
+      .add("runtime dtype", name(metadata.runtime_dtype))
+      .add("kernel", tuning.kernel)
+      .add("stage rows", tuning.stage_rows)
+      .add("reading in place", tuning.in_place)
+      .add("causal", operation_.causal(options_))
+      .add("scale", options_.scale.value_or(metadata.softmax_scale.value_or(0.0F)))
+      .add("soft cap", options_.soft_cap)
+      .add("dropout", options_.dropout.value_or(metadata.dropout_prob))
+      .add("seed", options_.seed)
+      .add("order", name(options_.order))
+      .add("deal", options_.deal ? static_cast<int>(*options_.deal) : -1)
+      .add("output dtype", name(options_.output_dtype.value_or(metadata.runtime_dtype)))
+      .add("weights", options_.attention_weights)
+      .add("log_sum_exp", options_.log_sum_exp)
+      .add("reproducible", options_.reproducible)
+      .add("mask", in_words(options_.mask));
+}
+
+void AttentionCall::agree(const std::vector<const DistributedTensor*>& extra) {
+  Statement statement(operation_.name());
+  state(statement);
+  const auto state_tensor = [&](const std::string& what, const DistributedTensor* tensor) {
+    const bool present = tensor != nullptr && *tensor;
+    statement.add(what, present ? std::string_view(in_words(*tensor)) : "absent");
+  };
+  state_tensor("query", &inputs_.query);
+  state_tensor("key", &inputs_.key);
+  state_tensor("value", &inputs_.value);
+  state_tensor("bias", inputs_.bias);
+  state_tensor("dense mask", inputs_.mask);
+  state_tensor("sinks", inputs_.sinks);
+  for (std::size_t i = 0; i < extra.size(); ++i) {
+    state_tensor(fmt::format("given result {}", i), extra[i]);
+  }
+  if (failure_) statement.fail(failure_->code(), failure_->what());
+  const bool planned = !failure_ && plan_.has_value();
+  const std::vector<Statement::Numbers> numbers = statement.agree(
+      context_.world(),
+      {failure_ ? 0 : kept_pairs(), planned ? static_cast<std::int64_t>(plan_->hash()) : 0});
+  std::int64_t largest = 0;
+  for (int rank = 0; rank < static_cast<int>(numbers.size()); ++rank) {
+    const Statement::Numbers& theirs = numbers[static_cast<std::size_t>(rank)];
+    largest = std::max(largest, theirs[0]);
+    report_.pairs += static_cast<double>(theirs[0]);
+    const int first = setup_->mesh().group(rank, setup_->sequence_axes).front();
+    const auto expected = static_cast<std::uint64_t>(numbers[static_cast<std::size_t>(first)][1]);
+    require(static_cast<std::uint64_t>(theirs[1]) == expected, ExitCode::internal,
+            "{}: plan hash is {:016x} on rank {} but {:016x} on rank {}", operation_.name(),
+            expected, first, static_cast<std::uint64_t>(theirs[1]), rank);
+  }
+  // Groups are made by all ranks together, also by those that have nothing to do.
+  static_cast<void>(sequence_group());
+  const double mean = report_.pairs / static_cast<double>(numbers.size());
+  report_.imbalance = mean > 0.0 ? static_cast<double>(largest) / mean : 1.0;
+}
+
+WorkingInput AttentionCall::bring(const DistributedTensor& from, DimOrder order,
+                                  const TensorLayout& to, DType dtype) {
+  const auto begin = Clock::now();
+  const std::int64_t bytes_before = context_.world().bytes_sent();
+  WorkingInput input;
+  input.view = in_bthd(from.local(), order);
+  const TensorLayout layout = bthd_layout(from.layout(), order);
+  if (!same_shards(layout, to)) {
+    // Narrow first: fewer bytes travel.
+    if (size_bytes(dtype) < size_bytes(input.view.dtype)) {
+      input.cast = Tensor::copy_of(input.view, dtype);
+      input.view = std::as_const(input.cast).view();
+    }
+    const DistributedTensor lent(Tensor::borrow(readable(input.view)), layout, rank_);
+    input.moved = redistribute(lent, to, context_.world());
+    input.view = std::as_const(input.moved).local();
+  }
+  if (input.view.dtype != dtype || input.view.device != device_ || !rows_are_dense(input.view)) {
+    input.cast = Tensor::copy_of(input.view, dtype, device_);
+    input.view = std::as_const(input.cast).view();
+  }
+  report_.exposed_communication_seconds += seconds_since(begin);
+  report_.bytes_sent += context_.world().bytes_sent() - bytes_before;
+  return input;
+}
+
+/// A bias or dense mask; one of KV heads is repeated for the query heads it serves.
+WorkingInput AttentionCall::bring_pairs(const DistributedTensor* from,
+                                        const std::optional<TensorLayout>& to, DType dtype) {
+  if (!to) return {};
+  WorkingInput input = bring(*from, DimOrder::bthd, *to, dtype);
+  const std::int64_t heads = to->global_shape()[1];
+  if (heads == 1 || heads == setup_->shape.q_heads) return input;
+  const int part = setup_->head_part(rank_);
+  const HeadGroups groups = setup_->heads.groups(part);
+  Shape shape = input.view.shape;
+  shape[1] = setup_->heads.q_heads(part).size();
+  Tensor repeated(dtype, shape, device_);
+  for (std::int64_t head = 0; head < shape[1]; ++head) {
+    const std::int64_t kv = (head + groups.q_head_offset) / groups.group_size;
+    copy(input.view.slice(1, {kv, kv + 1}), repeated.view().slice(1, {head, head + 1}));
+  }
+  input.moved = {};
+  input.cast = std::move(repeated);
+  input.view = std::as_const(input.cast).view();
+  return input;
+}
+
+void AttentionCall::bring_inputs() {
+  const AttentionLayouts& layouts = setup_->layouts;
+  const DType dtype = operation_.metadata().runtime_dtype;
+  query_ = bring(inputs_.query, options_.order, layouts.query, dtype);
+  key_ = bring(inputs_.key, options_.order, layouts.key, dtype);
+  value_ = bring(inputs_.value, options_.order, layouts.value, dtype);
+  if (layouts.bias) {
+    const DType given = inputs_.bias->dtype();
+    bias_ = bring_pairs(inputs_.bias, layouts.bias, given == DType::f64 ? DType::f32 : given);
+  }
+  dense_mask_ = bring_pairs(inputs_.mask, layouts.mask, DType::u8);
+  if (layouts.sinks) {
+    sinks_ = bring(*inputs_.sinks, DimOrder::bthd, *layouts.sinks, DType::f32);
+    if (sinks_.view.rank() == 2) {
+      sinks_.cast = Tensor::copy_of(sinks_.view);
+      const Shape heads{sinks_.view.shape[1]};
+      sinks_.view = {std::as_const(sinks_.cast).view().data, DType::f32, heads, device_};
+    }
+  }
+}
+
+DistributedTensor AttentionCall::leave(DistributedTensor result, const TensorLayout& wanted) {
+  if (same_shards(result.layout(), wanted)) return result;
+  const auto begin = Clock::now();
+  const std::int64_t bytes_before = context_.world().bytes_sent();
+  result = redistribute(result, wanted, context_.world());
+  report_.exposed_communication_seconds += seconds_since(begin);
+  report_.bytes_sent += context_.world().bytes_sent() - bytes_before;
+  return result;
+}
+
+Tensor AttentionCall::local(DType dtype, const TensorLayout& layout) const {
+  return Tensor(dtype, layout.local_shape(rank_), device_);
+}
+
+CacheView AttentionCall::cache() const {
+  const AttentionLayouts& layouts = setup_->layouts;
+  return {DistributedTensor(Tensor::copy_of(key_.view), layouts.key, rank_),
+          DistributedTensor(Tensor::copy_of(value_.view), layouts.value, rank_)};
+}
+
+AttentionProblem AttentionCall::problem() const {
+  const OperationMetadata& metadata = operation_.metadata();
+  AttentionProblem problem;
+  problem.q = query_.view;
+  problem.k = key_.view;
+  problem.v = value_.view;
+  problem.mask = local_mask_.view();
+  const float usual = 1.0F / std::sqrt(static_cast<float>(setup_->shape.head_dim));
+  problem.scale = options_.scale.value_or(metadata.softmax_scale.value_or(usual));
+  problem.soft_cap = options_.soft_cap;
+  problem.groups = setup_->heads.groups(setup_->head_part(rank_));
+  problem.sinks = sinks_.view;
+  problem.bias = bias_.view;
+  problem.dense_mask = dense_mask_.view;
+  problem.dropout.probability = options_.dropout.value_or(metadata.dropout_prob);
+  problem.dropout.seed = options_.seed;
+  problem.dropout.batch_begin = setup_->batch(rank_).begin;
+  problem.dropout.q_head_begin = setup_->heads.q_heads(setup_->head_part(rank_)).begin;
+  problem.dropout.q_positions = positions_;
+  return problem;
+}
+
+ExecuteOptions AttentionCall::execute_options(ExecutionReport& execution) const {
+  const OperationMetadata& metadata = operation_.metadata();
+  ExecuteOptions options;
+  options.backend = operation_.tuning().kernel;
+  if (options.backend.empty() && metadata.backend == "cudnn" && device_ == Device::cuda) {
+    options.backend = "cudnn";
+  }
+  options.in_place = operation_.tuning().in_place;
+  options.report = &execution;
+  return options;
+}
+
+void AttentionCall::account(const ExecutionReport& execution) {
+  report_.compute_seconds += execution.compute_seconds;
+  report_.exposed_communication_seconds += execution.exposed_seconds;
+  report_.bytes_sent += execution.bytes_sent;
+  report_.buffer_bytes = std::max(report_.buffer_bytes, execution.buffer_bytes);
+}
+
+void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) {
+  if (idle()) return;
+  ForwardCall call;
+  call.problem = problem();
+  call.o = o;
+  call.log_sum_exp = log_sum_exp;
+  ExecutionReport execution;
+  const ExecuteOptions options = execute_options(execution);
+  if (plan_) {
+    execute_forward(sequence_group(), *plan_, call, options);
+  } else if (call.problem.seq_q() > 0) {
+    const auto begin = Clock::now();
+    attention_forward(call, options.backend);
+    synchronize(device_, call.stream);
+    execution.compute_seconds = seconds_since(begin);
+  }
+  account(execution);
+}
+
+void AttentionCall::backward(BackwardCall& call) {
+  if (idle()) return;
+  call.problem = problem();
+  ExecutionReport execution;
+  const ExecuteOptions options = execute_options(execution);
+  if (plan_) {
+    execute_backward(sequence_group(), *plan_, call, options);
+  } else if (call.problem.seq_q() > 0) {
+    const auto begin = Clock::now();
+    attention_backward(call, options.backend);
+    synchronize(device_, call.stream);
+    execution.compute_seconds = seconds_since(begin);
+  }
+  account(execution);
+}
+
+void AttentionCall::weights(const TensorView& weights) {
+  // With the columns of an identity as values, O is P itself: one kernel for both, and dropout,
+  // soft cap and masks are right by construction.
+  constexpr std::int64_t kColumns = 128;
+  if (idle()) return;
+  const auto begin = Clock::now();
+  ForwardCall call;
+  call.problem = problem();
+  const std::int64_t seq_kv = call.problem.seq_kv();
+  const std::int64_t width = std::min(kColumns, seq_kv);
+  for (std::int64_t first = 0; first < seq_kv && call.problem.seq_q() > 0; first += width) {
+    const Span columns{first, std::min(first + width, seq_kv)};
+    Tensor identity(DType::f32, {seq_kv, columns.size()});
+    fill_bytes(identity.view().data, Device::cpu, 0, seq_kv * columns.size() * 4);
+    float* ones = static_cast<float*>(identity.view().data);
+    for (std::int64_t i = 0; i < columns.size(); ++i) {
+      ones[(first + i) * columns.size() + i] = 1.0F;
+    }
+    const Tensor values =
+        Tensor::copy_of(std::as_const(identity).view(), call.problem.v.dtype, device_);
+    // Every batch row and head sees the same values.
+    call.problem.v = {values.view().data,
+                      call.problem.v.dtype,
+                      {call.problem.batch(), seq_kv, call.problem.kv_heads(), columns.size()},
+                      {0, columns.size(), 0, 1},
+                      device_};
+    call.o = weights.slice(3, columns).transposed(1, 2);
+    ExecutionReport unused;
+    attention_forward(call, execute_options(unused).backend);
+    synchronize(device_, call.stream);
+  }
+  report_.compute_seconds += seconds_since(begin);
+}
+
+}  // namespace annulus

@@ -1,0 +1,11 @@
+#pragma once
+
+#include "runtime/operation_registry.hpp"
+
+namespace annulus {
+
+/// `flash_attn2`, alias `flash`: blocked attention that never forms the weights (Dao, 2023), local
+/// to a rank: query rows stay where they are, every rank gets the keys of the whole sequence.
+OperationEntry flash_attention();
+
+}  // namespace annulus

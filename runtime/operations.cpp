@@ -1,0 +1,22 @@
+#include "runtime/operations.hpp"
+
+#include <array>
+
+#include "runtime/flash_attention.hpp"
+#include "runtime/ring_attention.hpp"
+#include "runtime/ulysses_attention.hpp"
+#include "runtime/vanilla_attention.hpp"
+
+namespace annulus {
+
+std::span<const OperationEntry> operations() {
+  static const std::array kOperations = {
+      vanilla_attention(),
+      flash_attention(),
+      ring_attention(),
+      ulysses_attention(),
+  };
+  return kOperations;
+}
+
+}  // namespace annulus
