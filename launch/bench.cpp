@@ -3,11 +3,13 @@
 #include <array>
 
 #include "launch/bench_io.hpp"
+#include "launch/bench_kernels.hpp"
 
 namespace annulus::launch {
 namespace {
 
 constexpr std::array kBenches = {
+    Command{"kernels", "attention beside its ceiling and its peer", bench_kernels},
     Command{"io", "reading and writing HDF5 beside plain pread and pwrite", bench_io},
 };
 
