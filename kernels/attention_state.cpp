@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "kernels/attention.hpp"
+#include "kernels/cpu/state_rows.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/element.hpp"
 
@@ -98,6 +99,9 @@ double row_product(const ConstTensorView& o, const ConstTensorView& grad_o, std:
 
 void merge(const AttentionState& from, const AttentionState& into, Stream stream) {
   if (into.accumulator.device == Device::cuda) return kernels::cuda::merge(from, into, stream);
+  if (kernels::cpu::takes_state(from) && kernels::cpu::takes_state(into)) {
+    return kernels::cpu::merge_states(from, into);
+  }
   for_each_row(into.accumulator, [&](std::int64_t b, std::int64_t h, std::int64_t q) {
     merge_row(from, into, b, h, q);
   });
@@ -107,6 +111,10 @@ void finish(const AttentionState& state, TensorView o, TensorView log_sum_exp, S
   if (state.accumulator.device == Device::cuda) {
     return kernels::cuda::finish(state, o, log_sum_exp, stream);
   }
+  if (kernels::cpu::takes_state(state) && (!o || kernels::cpu::takes_rows(o)) &&
+      (!log_sum_exp || kernels::cpu::takes_statistic(log_sum_exp))) {
+    return kernels::cpu::finish_state(state, o, log_sum_exp);
+  }
   for_each_row(state.accumulator, [&](std::int64_t b, std::int64_t h, std::int64_t q) {
     finish_row(state, o, log_sum_exp, b, h, q);
   });
@@ -114,6 +122,10 @@ void finish(const AttentionState& state, TensorView o, TensorView log_sum_exp, S
 
 void attention_delta(ConstTensorView o, ConstTensorView grad_o, TensorView delta, Stream stream) {
   if (o.device == Device::cuda) return kernels::cuda::delta(o, grad_o, delta, stream);
+  if (kernels::cpu::takes_rows(o) && kernels::cpu::takes_rows(grad_o) &&
+      kernels::cpu::takes_statistic(delta)) {
+    return kernels::cpu::delta(o, grad_o, delta);
+  }
   for_each_row(o, [&](std::int64_t b, std::int64_t h, std::int64_t q) {
     store_statistic(delta, b, h, q, row_product(o, grad_o, b, h, q));
   });
@@ -123,6 +135,10 @@ void attention_sink_gradient(ConstTensorView sinks, ConstTensorView log_sum_exp,
                              ConstTensorView delta, TensorView grad_sinks, Stream stream) {
   if (sinks.device == Device::cuda) {
     return kernels::cuda::sink_gradient(sinks, log_sum_exp, delta, grad_sinks, stream);
+  }
+  if (kernels::cpu::takes_statistic(sinks) && kernels::cpu::takes_statistic(log_sum_exp) &&
+      kernels::cpu::takes_statistic(delta) && kernels::cpu::takes_statistic(grad_sinks)) {
+    return kernels::cpu::sink_gradient(sinks, log_sum_exp, delta, grad_sinks);
   }
   for (std::int64_t h = 0; h < delta.shape[1]; ++h) {
     const double sink = load_element(sinks.data, sinks.dtype, h * sinks.strides[0]);

@@ -1,20 +1,24 @@
 #include "kernels/cpu/attention_cpu.hpp"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <deque>
-#include <exception>
 #include <vector>
 
 #include "kernels/cpu/backward_keys.hpp"
 #include "kernels/cpu/forward_rows.hpp"
-#include "kernels/error.hpp"
+#include "kernels/cpu/parallel.hpp"
+#include "kernels/cpu/split_forward.hpp"
 
 namespace annulus::kernels::cpu {
 namespace {
 
-// Rows of a forward task: the conversion of K and V is spread over them, and Q, O and their tiles
-// fill about half of L2.
-constexpr std::int64_t kBlockRows = 480;
+// A task packs the keys that it needs, so that more of its rows mean less packing: at most as many
+// as their tiles should take memory, and at least enough to hide it.
+constexpr std::int64_t kMostTaskRows = 8192;
+constexpr std::int64_t kLeastTaskRows = 384;
+constexpr std::int64_t kTasksOfThread = 4;
 
 bool is_half_or_single(DType dtype) {
   return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
@@ -29,39 +33,27 @@ std::string unsupported_rows(const ConstTensorView& view, std::string_view what)
   return {};
 }
 
-// Runs task(i) for i in [0, count) on OpenMP threads, in order of i; an exception is rethrown.
-template <typename Task>
-void parallel(std::int64_t count, std::int64_t scratch_floats, const Task& task) {
-  std::exception_ptr failure;
-#pragma omp parallel if (count > 1)
-  {
-    Scratch& scratch = Scratch::of_this_thread();
-    scratch.reserve(scratch_floats);
-    const bool ready = scratch.has_room(scratch_floats);
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t i = 0; i < count; ++i) {
-      try {
-        require(ready, ExitCode::no_memory, "attention: no memory for {} bytes of tiles",
-                scratch_floats * 4);
-        scratch.reserve(scratch_floats);
-        task(i, scratch);
-      } catch (...) {
-#pragma omp critical(annulus_cpu_failure)
-        failure = std::current_exception();
-      }
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
+// Queries of a task: several tasks for each thread where the heads alone are too few.
+std::int64_t queries_of_task(const AttentionProblem& problem, std::int64_t group) {
+  const std::int64_t rows = problem.seq_q() * group;
+  const std::int64_t threads = omp_get_max_threads();
+  const std::int64_t wanted = threads == 1 ? 1 : threads * kTasksOfThread;
+  const std::int64_t heads = problem.batch() * problem.kv_heads();
+  const std::int64_t parts =
+      std::max((rows + kMostTaskRows - 1) / kMostTaskRows,
+               std::min((wanted + heads - 1) / heads, rows / kLeastTaskRows));
+  const std::int64_t part_rows = rows / std::max<std::int64_t>(parts, 1);
+  return std::max<std::int64_t>((part_rows + group - 1) / group, 1);
 }
 
-// Blocks of queries from last to first: under a causal mask the longest come first.
+// Tasks from the last queries to the first: under a causal mask the longest come first.
 std::vector<ForwardBlock> forward_blocks(const AttentionProblem& problem) {
   std::vector<ForwardBlock> blocks;
   for (std::int64_t batch = 0; batch < problem.batch(); ++batch) {
     for (std::int64_t kv_head = 0; kv_head < problem.kv_heads(); ++kv_head) {
       const Span heads = heads_of_kv_head(problem, kv_head);
       if (heads.empty()) continue;
-      const std::int64_t step = std::max<std::int64_t>(kBlockRows / heads.size(), 1);
+      const std::int64_t step = queries_of_task(problem, heads.size());
       for (std::int64_t query = 0; query < problem.seq_q(); query += step) {
         const Span queries{query, std::min(query + step, problem.seq_q())};
         blocks.push_back({{batch, kv_head, heads, queries, {0, problem.seq_kv()}}, nullptr});
@@ -127,6 +119,7 @@ std::string unsupported(const AttentionProblem& problem, Direction /*direction*/
 }
 
 void forward(const ForwardCall& call) {
+  if (splits_keys(call.problem)) return split_forward(call);
   const std::vector<ForwardBlock> blocks = forward_blocks(call.problem);
   std::int64_t scratch_floats = 0;
   for (const ForwardBlock& block : blocks) {

@@ -80,9 +80,12 @@ class BackwardKeys {
         value_dim_(problem_.value_dim()),
         k_stride_(tile_stride(head_dim_)),
         v_stride_(tile_stride(value_dim_)) {
-    const std::int64_t keys = backward_chunk_keys(problem_) + 8;
-    for (float** tile : {&k_, &dk_}) *tile = scratch.take(keys * k_stride_);
-    for (float** tile : {&v_, &dv_}) *tile = scratch.take(keys * v_stride_);
+    const std::int64_t keys = backward_chunk_keys(problem_);
+    dk_ = scratch.take((keys + 8) * k_stride_);
+    dv_ = scratch.take((keys + 8) * v_stride_);
+    for (float** panels : {&k_, &k_columns_}) *panels = scratch.take(keys * head_dim_);
+    v_ = scratch.take(keys * value_dim_);
+    rows_buffer_ = scratch.take(8 * std::max(k_stride_, v_stride_));
     q_rows_ = scratch.take(kTileLanes * k_stride_);
     grad_o_rows_ = scratch.take(kTileLanes * v_stride_);
     q_ = scratch.take(head_dim_ * kTileLanes);
@@ -99,9 +102,11 @@ class BackwardKeys {
 
   static std::int64_t scratch_floats(const AttentionProblem& problem) {
     const std::int64_t strides = tile_stride(problem.head_dim()) + tile_stride(problem.value_dim());
-    return 2 * (backward_chunk_keys(problem) + 8) * strides + kTileLanes * strides +
+    const std::int64_t keys = backward_chunk_keys(problem);
+    return (keys + 8) * strides + keys * (2 * problem.head_dim() + problem.value_dim()) +
+           (8 + kTileLanes) * strides +
            kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
-           6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 20;
+           6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24;
   }
 
   void compute(std::int64_t chunk, AccumulationOrder& order) {
@@ -122,22 +127,41 @@ class BackwardKeys {
   }
 
  private:
+  // K and V in panels of keys, [keys / 8, dim, 8], and K also in panels of its columns,
+  // [head_dim / 8, keys, 8], for dQ.
   void load_keys() {
-    for (std::int64_t key = rows_.keys.begin; key < rows_.keys.end; ++key) {
-      const std::int64_t i = key - rows_.keys.begin;
-      load_row(problem_.k.data, problem_.k.dtype,
-               row_offset(problem_.k, rows_.batch, key, rows_.kv_head), head_dim_,
-               k_ + i * k_stride_);
-      load_row(problem_.v.data, problem_.v.dtype,
-               row_offset(problem_.v, rows_.batch, key, rows_.kv_head), value_dim_,
-               v_ + i * v_stride_);
+    const std::int64_t keys = rows_.keys.size();
+    for (std::int64_t first = 0; first < keys; first += 8) {
+      const std::int64_t count = std::min<std::int64_t>(8, keys - first);
+      load_panel(problem_.k, first, count, k_stride_, k_ + first * head_dim_);
+      for (std::int64_t i = 0; i < count; ++i) {
+        store_in_panels(rows_buffer_ + i * k_stride_, head_dim_, backward_chunk_keys(problem_),
+                        first + i, k_columns_);
+      }
+      load_panel(problem_.v, first, count, v_stride_, v_ + first * value_dim_);
     }
-    const std::int64_t keys = rows_.keys.size() + 8;
-    std::fill_n(dk_, keys * k_stride_, 0.0F);
-    std::fill_n(dv_, keys * v_stride_, 0.0F);
+    std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
+    std::fill_n(dv_, (keys + 8) * v_stride_, 0.0F);
+  }
+
+  void load_panel(const ConstTensorView& view, std::int64_t first, std::int64_t count,
+                  std::int64_t stride, float* panel) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      load_row(view.data, view.dtype,
+               row_offset(view, rows_.batch, rows_.keys.begin + first + i, rows_.kv_head),
+               view.shape[3], rows_buffer_ + i * stride);
+    }
+    std::fill_n(rows_buffer_ + count * stride, (8 - count) * stride, 0.0F);
+    transpose(rows_buffer_, stride, 8, view.shape[3], panel, 8);
   }
 
   void load_queries(const TileRows& rows) {
+    for (std::int64_t lane = 0; lane < rows.count; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      prefetch_row(problem_.q, row_offset(problem_.q, rows_.batch, rows.query[i], rows.head[i]));
+      prefetch_row(call_.grad_o,
+                   row_offset(call_.grad_o, rows_.batch, rows.query[i], rows.head[i]));
+    }
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
       const std::int64_t head = rows.head[i];
@@ -185,48 +209,53 @@ class BackwardKeys {
 
   void add_run(const LogitsTile& tile) {
     const std::int64_t keys = tile.run.keys.size();
-    const std::int64_t panels = round_up(keys, 8);
     const std::int64_t first = tile.run.keys.begin - rows_.keys.begin;
-    const float* k = k_ + first * k_stride_;
-    const float* v = v_ + first * v_stride_;
-    gemm<Update::overwrite, Adjacent::steps>({panels, tile.vectors, head_dim_}, k, k_stride_, q_,
-                                             kTileLanes, p_, kTileLanes);
-    products_to_logits(tile, buffers_, p_);
-    recompute_probabilities(keys, tile.vectors, logit_factor(problem_), lse_, p_);
-    gemm<Update::overwrite, Adjacent::steps>({panels, tile.vectors, value_dim_}, v, v_stride_,
-                                             grad_o_, kTileLanes, ds_, kTileLanes);
+    const std::int64_t before = first % 8;
+    const std::int64_t panels = round_up(before + keys, 8);
+    float* p = p_ + before * kTileLanes;
+    float* ds = ds_ + before * kTileLanes;
+    gemm<Update::overwrite, Layout::panels>({panels, tile.vectors, head_dim_},
+                                            {k_ + (first - before) * head_dim_, 8 * head_dim_}, q_,
+                                            kTileLanes, p_, kTileLanes);
+    products_to_logits(tile, buffers_, p);
+    recompute_probabilities(keys, tile.vectors, logit_factor(problem_), lse_, p);
+    gemm<Update::overwrite, Layout::panels>({panels, tile.vectors, value_dim_},
+                                            {v_ + (first - before) * value_dim_, 8 * value_dim_},
+                                            grad_o_, kTileLanes, ds_, kTileLanes);
     const bool dropout = problem_.dropout.probability > 0.0F;
     if (dropout) {
       load_dropout_tile(problem_.dropout, rows_.batch, tile.rows, tile.vectors, tile.run.keys,
                         buffers_.factor);
-      multiply_tile(keys, tile.vectors, buffers_.factor, ds_);
+      multiply_tile(keys, tile.vectors, buffers_.factor, ds);
     }
-    logit_gradient(keys, tile.vectors, p_, delta_, ds_);
-    if (dropout) multiply_tile(keys, tile.vectors, buffers_.factor, p_);
+    logit_gradient(keys, tile.vectors, p, delta_, ds);
+    if (dropout) multiply_tile(keys, tile.vectors, buffers_.factor, p);
     if (call_.grad_bias) {
-      add_pair_tile(call_.grad_bias, rows_.batch, tile.rows, tile.run.keys, ds_);
+      add_pair_tile(call_.grad_bias, rows_.batch, tile.rows, tile.run.keys, ds);
     }
     if (problem_.soft_cap > 0.0F) {
-      cap_gradient(keys, tile.vectors, buffers_.capped, problem_.soft_cap, ds_);
+      cap_gradient(keys, tile.vectors, buffers_.capped, problem_.soft_cap, ds);
     }
-    add_products(tile, first, panels);
+    add_products(tile, first, p, ds);
   }
 
   // dV += P·dO, dK += dS·Q, dQᵀ += Kᵀ·dSᵀ. The first two write whole panels of keys: the rows
   // beyond the run add zeros to their neighbours.
-  void add_products(const LogitsTile& tile, std::int64_t first, std::int64_t panels) {
+  void add_products(const LogitsTile& tile, std::int64_t first, float* p, float* ds) {
     const std::int64_t keys = tile.run.keys.size();
-    std::fill_n(p_ + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
-    std::fill_n(ds_ + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
+    const std::int64_t panels = round_up(keys, 8);
+    std::fill_n(p + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
+    std::fill_n(ds + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
     const std::int64_t k_vectors = (head_dim_ + kLanes - 1) / kLanes;
     const std::int64_t v_vectors = (value_dim_ + kLanes - 1) / kLanes;
-    gemm<Update::add, Adjacent::steps>({panels, v_vectors, tile.rows.count}, p_, kTileLanes,
-                                       grad_o_rows_, v_stride_, dv_ + first * v_stride_, v_stride_);
-    gemm<Update::add, Adjacent::steps>({panels, k_vectors, tile.rows.count}, ds_, kTileLanes,
-                                       q_rows_, k_stride_, dk_ + first * k_stride_, k_stride_);
+    gemm<Update::add, Layout::tile>({panels, v_vectors, tile.rows.count}, tile_rows(p),
+                                    grad_o_rows_, v_stride_, dv_ + first * v_stride_, v_stride_);
+    gemm<Update::add, Layout::tile>({panels, k_vectors, tile.rows.count}, tile_rows(ds), q_rows_,
+                                    k_stride_, dk_ + first * k_stride_, k_stride_);
     if (!call_.grad_q) return;
-    gemm<Update::add, Adjacent::rows>({head_dim_, tile.vectors, keys}, k_ + first * k_stride_,
-                                      k_stride_, ds_, kTileLanes, dq_, kTileLanes);
+    gemm<Update::add, Layout::panels>({head_dim_, tile.vectors, keys},
+                                      {k_columns_ + first * 8, 8 * backward_chunk_keys(problem_)},
+                                      ds, kTileLanes, dq_, kTileLanes);
   }
 
   void write_grad_q(std::int64_t first_row) {
@@ -263,10 +292,12 @@ class BackwardKeys {
   std::int64_t value_dim_;
   std::int64_t k_stride_;
   std::int64_t v_stride_;
-  float* k_ = nullptr;  // [keys, head_dim], as dk
-  float* v_ = nullptr;  // [keys, value_dim], as dv
-  float* dk_ = nullptr;
-  float* dv_ = nullptr;
+  float* k_ = nullptr;            // [keys / 8, head_dim, 8]
+  float* k_columns_ = nullptr;    // [head_dim / 8, keys, 8]
+  float* v_ = nullptr;            // [keys / 8, value_dim, 8]
+  float* dk_ = nullptr;           // [keys, head_dim]
+  float* dv_ = nullptr;           // [keys, value_dim]
+  float* rows_buffer_ = nullptr;  // [8, head_dim or value_dim]
   float* q_rows_ = nullptr;       // [lanes, head_dim]
   float* grad_o_rows_ = nullptr;  // [lanes, value_dim]
   float* q_ = nullptr;            // [head_dim, lanes], as dq

@@ -28,8 +28,13 @@ struct QueryTile {
   LaneState state;
 };
 
-// One pass of FlashAttention (Dao, 2023) over the keys of a block. The key tile is the outer loop,
-// so that its conversion to fp32 is shared by all queries of all heads of the group.
+// Keys packed at a time, and tiles of queries that meet a tile of keys in turn while it is in L2,
+// their own q and o next to it.
+constexpr std::int64_t kChunkKeys = 64 * kKeyTile;
+constexpr std::size_t kTilesTogether = 8;
+
+// One pass of FlashAttention (Dao, 2023) over the keys of a task. K and V are packed once for all
+// its queries and heads, chunk by chunk, each tile when first needed.
 class ForwardRows {
  public:
   ForwardRows(const ForwardCall& call, const ForwardBlock& block, Scratch& scratch)
@@ -38,11 +43,12 @@ class ForwardRows {
         block_(block),
         k_stride_(tile_stride(problem_.head_dim())),
         v_stride_(tile_stride(problem_.value_dim())) {
-    k_ = scratch.take((kKeyTile + 8) * k_stride_);
-    v_ = scratch.take(kKeyTile * v_stride_);
-    p_ = scratch.take((kKeyTile + 8) * kTileLanes);
+    const std::int64_t chunk = packed_keys(block.rows);
+    k_ = scratch.take(chunk * problem_.head_dim());
+    v_ = scratch.take(chunk * problem_.value_dim());
+    p_ = scratch.take(kKeyTile * kTileLanes);
     rescale_ = scratch.take(kTileLanes);
-    row_ = scratch.take(kTileLanes * std::max(k_stride_, v_stride_));
+    row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
     buffers_ = {scratch.take(kPairRowsFloats), scratch.take(kKeyTile * kTileLanes),
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
     for (std::int64_t row = 0; row < block.rows.rows(); row += kTileLanes) {
@@ -57,8 +63,10 @@ class ForwardRows {
     const std::int64_t per_tile = Scratch::room_for(kTileLanes) * 3 +
                                   Scratch::room_for(problem.head_dim() * kTileLanes) +
                                   Scratch::room_for(problem.value_dim() * kTileLanes);
-    return (kKeyTile + 8) * (k_stride + v_stride) + 5 * (kKeyTile + 8) * kTileLanes +
-           kPairRowsFloats + kTileLanes * std::max(k_stride, v_stride) + tiles * per_tile + 512;
+    return packed_keys(block) * (problem.head_dim() + problem.value_dim()) +
+           4 * kKeyTile * kTileLanes + kPairRowsFloats +
+           std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) + tiles * per_tile +
+           512;
   }
 
   void compute() {
@@ -66,13 +74,18 @@ class ForwardRows {
       const Slice part = clip(slice, block_.rows.queries, block_.rows.keys);
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
     }
-    for (std::int64_t key = block_.rows.keys.begin; key < block_.rows.keys.end; key += kKeyTile) {
-      add_keys({key, std::min(key + kKeyTile, block_.rows.keys.end)});
+    const Span all = block_.rows.keys;
+    for (std::int64_t key = all.begin; key < all.end; key += kChunkKeys) {
+      add_chunk(intersect(all, {key, key + kChunkKeys}));
     }
     for (QueryTile& tile : tiles_) end_tile(tile);
   }
 
  private:
+  static std::int64_t packed_keys(const RowBlock& block) {
+    return std::min(kChunkKeys, round_up(block.keys.size(), kKeyTile));
+  }
+
   QueryTile start_tile(std::int64_t first_row, Scratch& scratch) {
     QueryTile tile;
     tile.rows = rows_of_tile(block_.rows, first_row, kTileLanes);
@@ -86,6 +99,11 @@ class ForwardRows {
   }
 
   void load_queries(QueryTile& tile) {
+    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      prefetch_row(problem_.q, row_offset(problem_.q, block_.rows.batch, tile.rows.query[i],
+                                          tile.rows.head[i]));
+    }
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
       float* row = row_ + lane * k_stride_;
@@ -135,47 +153,79 @@ class ForwardRows {
     transpose(row_, v_stride_, kTileLanes, problem_.value_dim(), tile.o, kTileLanes);
   }
 
-  void add_keys(Span keys) {
-    bool loaded = false;
-    for (QueryTile& tile : tiles_) {
-      for (const KeyRun& run : runs_.find(slices_, tile.rows.queries, keys)) {
-        if (!loaded) load_keys(keys);
-        loaded = true;
-        add_run(tile, run, run.keys.begin - keys.begin);
+  void add_chunk(Span chunk) {
+    packed_.assign(static_cast<std::size_t>((chunk.size() + kKeyTile - 1) / kKeyTile), false);
+    for (std::size_t first = 0; first < tiles_.size(); first += kTilesTogether) {
+      const std::size_t count = std::min(kTilesTogether, tiles_.size() - first);
+      for (std::size_t i = 0; i < packed_.size(); ++i) {
+        const std::int64_t key = chunk.begin + static_cast<std::int64_t>(i) * kKeyTile;
+        add_keys(std::span(tiles_).subspan(first, count), i,
+                 intersect(chunk, {key, key + kKeyTile}));
       }
     }
   }
 
-  void load_keys(Span keys) {
-    const std::int64_t head = block_.rows.kv_head;
-    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
-      const std::int64_t i = key - keys.begin;
-      load_row(problem_.k.data, problem_.k.dtype,
-               row_offset(problem_.k, block_.rows.batch, key, head), problem_.head_dim(),
-               k_ + i * k_stride_);
-      load_row(problem_.v.data, problem_.v.dtype,
-               row_offset(problem_.v, block_.rows.batch, key, head), problem_.value_dim(),
-               v_ + i * v_stride_);
+  void add_keys(std::span<QueryTile> tiles, std::size_t index, Span keys) {
+    const std::int64_t offset = static_cast<std::int64_t>(index) * kKeyTile;
+    const float* k = k_ + offset * problem_.head_dim();
+    const float* v = v_ + offset * problem_.value_dim();
+    for (QueryTile& tile : tiles) {
+      for (const KeyRun& run : runs_.find(slices_, tile.rows.queries, keys)) {
+        if (!packed_[index]) pack_keys(keys, offset);
+        packed_[index] = true;
+        add_run(tile, run, run.keys.begin - keys.begin, k, v);
+      }
     }
   }
 
-  // One tile of Sᵀ = K·Qᵀ, its softmax, and Oᵀ = Oᵀ·rescale + Vᵀ·Pᵀ. The product's rows are rounded
-  // up to a panel: they read rows of K beyond the run, and nobody reads what comes of them.
-  void add_run(QueryTile& tile, const KeyRun& run, std::int64_t first_key) {
+  // K of a tile in panels of keys, [keys / 8, head_dim, 8]; V in panels of its columns,
+  // [value_dim / 8, keys, 8]. Keys beyond the last are zeros: their products are computed and never
+  // read.
+  void pack_keys(Span keys, std::int64_t offset) {
+    const std::int64_t head_dim = problem_.head_dim();
+    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
+      const std::int64_t i = key - keys.begin;
+      load_key_row(problem_.k, keys, key, row_ + i % 8 * k_stride_);
+      if (i % 8 == 7 || key + 1 == keys.end) {
+        const std::int64_t empty = 7 - i % 8;
+        std::fill_n(row_ + (8 - empty) * k_stride_, empty * k_stride_, 0.0F);
+        transpose(row_, k_stride_, 8, head_dim, k_ + (offset + i / 8 * 8) * head_dim, 8);
+      }
+    }
+    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
+      load_key_row(problem_.v, keys, key, row_);
+      store_in_panels(row_, problem_.value_dim(), kKeyTile, key - keys.begin,
+                      v_ + offset * problem_.value_dim());
+    }
+  }
+
+  void load_key_row(const ConstTensorView& view, Span keys, std::int64_t key, float* to) {
+    const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
+    if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
+    load_row(view.data, view.dtype, at, view.shape[3], to);
+  }
+
+  // One tile of Sᵀ = K·Qᵀ, its softmax, and Oᵀ = Oᵀ·rescale + Vᵀ·Pᵀ. The product takes whole panels
+  // of keys around the run.
+  void add_run(QueryTile& tile, const KeyRun& run, std::int64_t first_key, const float* k,
+               const float* v) {
     const std::int64_t keys = run.keys.size();
-    gemm<Update::overwrite, Adjacent::steps>({round_up(keys, 8), tile.vectors, problem_.head_dim()},
-                                             k_ + first_key * k_stride_, k_stride_, tile.q,
-                                             kTileLanes, p_, kTileLanes);
-    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p_);
-    softmax_tile(keys, tile.vectors, logit_factor(problem_), p_, tile.state, rescale_);
+    const std::int64_t before = first_key % 8;
+    const std::int64_t head_dim = problem_.head_dim();
+    float* p = p_ + before * kTileLanes;
+    gemm<Update::overwrite, Layout::panels>({round_up(before + keys, 8), tile.vectors, head_dim},
+                                            {k + (first_key - before) * head_dim, 8 * head_dim},
+                                            tile.q, kTileLanes, p_, kTileLanes);
+    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
+    softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
     if (problem_.dropout.probability > 0.0F) {
       load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
                         buffers_.factor);
-      multiply_tile(keys, tile.vectors, buffers_.factor, p_);
+      multiply_tile(keys, tile.vectors, buffers_.factor, p);
     }
-    gemm<Update::rescale, Adjacent::rows>({problem_.value_dim(), tile.vectors, keys},
-                                          v_ + first_key * v_stride_, v_stride_, p_, kTileLanes,
-                                          tile.o, kTileLanes, rescale_);
+    gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
+                                          {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
+                                          kTileLanes, rescale_);
   }
 
   void end_tile(QueryTile& tile) {
@@ -209,7 +259,8 @@ class ForwardRows {
     for_each_vector(problem_.value_dim(), tile.vectors, tile.o,
                     [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
                       const FloatVec factor = hn::Load(d, rescale_ + v * kLanes);
-                      hn::Store(hn::Mul(hn::Load(d, at), factor), d, at);
+                      const auto empty = hn::Eq(factor, hn::Zero(d));
+                      hn::Store(hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, at), factor)), d, at);
                     });
     write_rows(tile, call_.o);
   }
@@ -235,12 +286,13 @@ class ForwardRows {
   const ForwardBlock& block_;
   std::int64_t k_stride_;
   std::int64_t v_stride_;
-  float* k_ = nullptr;        // [keys + panel, head_dim]
-  float* v_ = nullptr;        // [keys, value_dim]
-  float* p_ = nullptr;        // [keys + panel, lanes]
+  float* k_ = nullptr;        // [key tiles, keys / 8, head_dim, 8]
+  float* v_ = nullptr;        // [key tiles, value_dim / 8, keys, 8]
+  float* p_ = nullptr;        // [keys, lanes]
   float* rescale_ = nullptr;  // [lanes]
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
   PairBuffers buffers_;
+  std::vector<bool> packed_;  // by key tile of the chunk
   std::vector<QueryTile> tiles_;
   std::vector<Slice> slices_;
   KeyRuns runs_;

@@ -1,5 +1,5 @@
-// Small matrix products whose output lanes are one tile wide: C[rows, lanes] from A (one element
-// broadcast at a time, so A may stay in its natural layout) and B (vectors along the lanes).
+// Small matrix products C[rows, lanes] from A, one element broadcast at a time, and B, vectors
+// along the lanes.
 #if defined(ANNULUS_CPU_GEMM_TILE_INL) == defined(HWY_TARGET_TOGGLE)
 #ifdef ANNULUS_CPU_GEMM_TILE_INL
 #undef ANNULUS_CPU_GEMM_TILE_INL
@@ -36,8 +36,12 @@ enum class Update : std::uint8_t {
   rescale,    // C = C·factor + A·B, a factor for each lane
 };
 
-/// How A(row, step) lies in memory: rows next to each other, or steps.
-enum class Adjacent : std::uint8_t { rows, steps };
+/// How A(row, step) lies in memory. Both have constant strides, so that an unrolled loop addresses
+/// eight rows from one register.
+enum class Layout : std::uint8_t {
+  panels,  // [rows / 8, steps, 8]: packed K and V
+  tile,    // [rows, lanes of a tile]: probabilities
+};
 
 struct GemmShape {
   std::int64_t rows = 0;  // a multiple of 8
@@ -45,14 +49,30 @@ struct GemmShape {
   std::int64_t steps = 0;
 };
 
-template <Adjacent kAdjacent>
-HWY_INLINE const float* a_element(const float* a, std::int64_t lda, std::int64_t row,
-                                  std::int64_t step) {
-  return kAdjacent == Adjacent::rows ? a + step * lda + row : a + row * lda + step;
+/// Strides of A in elements: to the next step, and to the next row of a panel.
+template <Layout kLayout>
+inline constexpr std::int64_t kStepStride = kLayout == Layout::panels ? 8 : 1;
+template <Layout kLayout>
+inline constexpr std::int64_t kRowStride = kLayout == Layout::panels ? 1 : kTileLanes;
+
+// sum += A(·, step)·B(step, ·) for one step.
+template <int kVectors, Layout kLayout>
+HWY_INLINE void gemm_step(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b,
+                          FloatVec (&sum)[kPanelRows][kVectors]) {
+  const Floats d;
+  FloatVec row_b[kVectors];
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) row_b[v] = hn::Load(d, b + v * kLanes);
+  HWY_UNROLL(8)
+  for (int r = 0; r < kPanelRows; ++r) {
+    const FloatVec element = hn::Set(d, a[r * kRowStride<kLayout>]);
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(element, row_b[v], sum[r][v]);
+  }
 }
 
-template <int kVectors, Update kUpdate, Adjacent kAdjacent>
-HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a, std::int64_t lda,
+template <int kVectors, Update kUpdate, Layout kLayout>
+HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
                              const float* HWY_RESTRICT b, std::int64_t ldb, float* HWY_RESTRICT c,
                              std::int64_t ldc, const float* HWY_RESTRICT factor) {
   const Floats d;
@@ -71,16 +91,19 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a, st
       }
     }
   }
-  for (std::int64_t step = 0; step < steps; ++step) {
-    FloatVec row_b[kVectors];
-    HWY_UNROLL(3)
-    for (int v = 0; v < kVectors; ++v) row_b[v] = hn::Load(d, b + step * ldb + v * kLanes);
-    HWY_UNROLL(8)
-    for (int r = 0; r < kPanelRows; ++r) {
-      const FloatVec element = hn::Set(d, *a_element<kAdjacent>(a, lda, r, step));
-      HWY_UNROLL(3)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(element, row_b[v], sum[r][v]);
+  // Four steps to a branch: a short loop's exit is mispredicted otherwise.
+  for (; steps >= 4; steps -= 4) {
+    HWY_UNROLL(4)
+    for (int i = 0; i < 4; ++i) {
+      gemm_step<kVectors, kLayout>(a + i * kStepStride<kLayout>, b + i * ldb, sum);
     }
+    a += 4 * kStepStride<kLayout>;
+    b += 4 * ldb;
+  }
+  for (; steps > 0; --steps) {
+    gemm_step<kVectors, kLayout>(a, b, sum);
+    a += kStepStride<kLayout>;
+    b += ldb;
   }
   HWY_UNROLL(8)
   for (int r = 0; r < kPanelRows; ++r) {
@@ -89,31 +112,35 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a, st
   }
 }
 
-template <int kVectors, Update kUpdate, Adjacent kAdjacent>
-HWY_INLINE void gemm_panels(std::int64_t rows, std::int64_t steps, const float* a, std::int64_t lda,
-                            const float* b, std::int64_t ldb, float* c, std::int64_t ldc,
-                            const float* factor) {
+/// The left operand: eight rows lie at `data + (row / 8)·panel_stride`.
+struct GemmA {
+  const float* data = nullptr;
+  std::int64_t panel_stride = 0;
+};
+
+inline GemmA tile_rows(const float* tile) { return {tile, 8 * kTileLanes}; }
+
+template <int kVectors, Update kUpdate, Layout kLayout>
+void gemm_panels(std::int64_t rows, std::int64_t steps, const GemmA& a, const float* b,
+                 std::int64_t ldb, float* c, std::int64_t ldc, const float* factor) {
   for (std::int64_t row = 0; row < rows; row += kPanelRows) {
-    gemm_panel<kVectors, kUpdate, kAdjacent>(steps, a_element<kAdjacent>(a, lda, row, 0), lda, b,
-                                             ldb, c + row * ldc, ldc, factor);
+    const float* panel = a.data + row / 8 * a.panel_stride + row % 8 * kRowStride<kLayout>;
+    gemm_panel<kVectors, kUpdate, kLayout>(steps, panel, b, ldb, c + row * ldc, ldc, factor);
   }
 }
 
 /// B, C and `factor` are vector-aligned, and so are ldb and ldc.
-template <Update kUpdate, Adjacent kAdjacent>
-void gemm(const GemmShape& shape, const float* a, std::int64_t lda, const float* b,
-          std::int64_t ldb, float* c, std::int64_t ldc, const float* factor = nullptr) {
+template <Update kUpdate, Layout kLayout>
+void gemm(const GemmShape& shape, const GemmA& a, const float* b, std::int64_t ldb, float* c,
+          std::int64_t ldc, const float* factor = nullptr) {
   std::int64_t left = shape.vectors;
   while (left > 0) {
     // Four vectors go as 2 + 2: a panel of one vector is bound by its broadcasts.
     const std::int64_t vectors = left == 4 ? 2 : HWY_MIN(left, kTileVectors);
-    if (vectors == 3) {
-      gemm_panels<3, kUpdate, kAdjacent>(shape.rows, shape.steps, a, lda, b, ldb, c, ldc, factor);
-    } else if (vectors == 2) {
-      gemm_panels<2, kUpdate, kAdjacent>(shape.rows, shape.steps, a, lda, b, ldb, c, ldc, factor);
-    } else {
-      gemm_panels<1, kUpdate, kAdjacent>(shape.rows, shape.steps, a, lda, b, ldb, c, ldc, factor);
-    }
+    const auto panels = vectors == 3   ? gemm_panels<3, kUpdate, kLayout>
+                        : vectors == 2 ? gemm_panels<2, kUpdate, kLayout>
+                                       : gemm_panels<1, kUpdate, kLayout>;
+    panels(shape.rows, shape.steps, a, b, ldb, c, ldc, factor);
     left -= vectors;
     b += vectors * kLanes;
     c += vectors * kLanes;

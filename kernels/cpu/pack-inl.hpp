@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 #include "kernels/scalar.hpp"
 #include "kernels/types.hpp"
@@ -16,8 +17,10 @@ HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Head dims are multiples of 8, so that vectors of at most 8 lanes leave no tail.
+// Head dims are multiples of 8: vectors of at most 8 lanes leave no tail, and those of 16 leave one
+// of 8.
 using Eight = hn::CappedTag<float, 8>;
+using Sixteen = hn::CappedTag<float, 16>;
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
@@ -29,21 +32,27 @@ inline std::int64_t tile_stride(std::int64_t columns) {
 
 HWY_INLINE void load_row_f32(const float* HWY_RESTRICT from, std::int64_t n,
                              float* HWY_RESTRICT to) {
+  const Sixteen wide;
   const Eight d;
-  for (std::int64_t i = 0; i < n; i += HWY_LANES(float) < 8 ? HWY_LANES(float) : 8) {
-    hn::StoreU(hn::LoadU(d, from + i), d, to + i);
-  }
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(wide));
+  std::int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(wide, from + i), wide, to + i);
+  if (i < n) hn::StoreU(hn::LoadU(d, from + i), d, to + i);
 }
 
 template <typename Half>
 HWY_INLINE void load_row_half(const Half* HWY_RESTRICT from, std::int64_t n,
                               float* HWY_RESTRICT to) {
+  const Sixteen wide;
+  const hn::Rebind<Half, Sixteen> wide_half;
   const Eight d;
   const hn::Rebind<Half, Eight> dh;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  for (std::int64_t i = 0; i < n; i += lanes) {
-    hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, from + i)), d, to + i);
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(wide));
+  std::int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    hn::StoreU(hn::PromoteTo(wide, hn::LoadU(wide_half, from + i)), wide, to + i);
   }
+  if (i < n) hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, from + i)), d, to + i);
 }
 
 /// Row of n elements (a multiple of 8) at element offset `at`, to fp32.
@@ -55,6 +64,27 @@ HWY_INLINE void load_row(const void* data, DType dtype, std::int64_t at, std::in
     load_row_half(static_cast<const hwy::float16_t*>(data) + at, n, to);
   } else {
     load_row_half(static_cast<const hwy::bfloat16_t*>(data) + at, n, to);
+  }
+}
+
+/// Asks for a row that is needed a few rows later. Rows of one head lie a page or more apart, and
+/// the wait is mostly for the translation of its address.
+HWY_INLINE void prefetch_row(const ConstTensorView& view, std::int64_t at) {
+  const std::int64_t size = view.dtype == DType::f32 ? 4 : 2;
+  const auto* row = static_cast<const char*>(view.data) + at * size;
+  for (std::int64_t byte = 0; byte < view.shape[3] * size; byte += 64) {
+    hwy::Prefetch(row + byte);
+  }
+}
+
+inline constexpr std::int64_t kRowsAhead = 8;
+
+/// The same for a row needed a tile later: it waits in L2.
+HWY_INLINE void prefetch_row_to_l2(const ConstTensorView& view, std::int64_t at) {
+  const std::int64_t size = view.dtype == DType::f32 ? 4 : 2;
+  const auto* row = static_cast<const char*>(view.data) + at * size;
+  for (std::int64_t byte = 0; byte < view.shape[3] * size; byte += 64) {
+    __builtin_prefetch(row + byte, 0, 2);
   }
 }
 
@@ -125,6 +155,14 @@ HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t from_stri
     }
   }
 #endif
+}
+
+/// Panels [columns / 8, rows, 8] of rows [rows, columns]: row `row` of `rows`.
+HWY_INLINE void store_in_panels(const float* HWY_RESTRICT from, std::int64_t columns,
+                                std::int64_t rows, std::int64_t row, float* HWY_RESTRICT panels) {
+  for (std::int64_t c = 0; c < columns; c += 8) {
+    load_row_f32(from + c, 8, panels + c * rows + row * 8);
+  }
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

@@ -1,28 +1,18 @@
 #pragma once
 
 #include <cstdint>
-
-#include "hwy/aligned_allocator.h"
+#include <memory>
 
 namespace annulus::kernels {
 
-/// A thread's working memory, kept between calls: tiles are carved from one aligned piece.
+/// A thread's working memory, kept between calls: tiles are carved from one piece, on huge pages
+/// where the system has them (with small ones a third of the time went to missed translations).
 class Scratch {
  public:
-  static Scratch& of_this_thread() {
-    thread_local Scratch scratch;
-    return scratch;
-  }
+  static Scratch& of_this_thread();
 
-  /// Forgets everything handed out and makes room for `floats`.
-  void reserve(std::int64_t floats) {
-    used_ = 0;
-    if (floats <= size_) return;
-    data_ = hwy::AllocateAligned<float>(static_cast<std::size_t>(floats));
-    size_ = data_ ? floats : 0;
-  }
-
-  bool has_room(std::int64_t floats) const { return size_ >= floats; }
+  /// Forgets everything handed out and makes room for `floats`; false when there is no memory.
+  bool reserve(std::int64_t floats);
 
   /// Aligned to a cache line and to any vector; the contents are stale.
   float* take(std::int64_t floats) {
@@ -34,7 +24,11 @@ class Scratch {
   static std::int64_t room_for(std::int64_t floats) { return (floats + 31) / 32 * 32; }
 
  private:
-  hwy::AlignedFreeUniquePtr<float[]> data_;
+  struct Free {
+    void operator()(float* data) const;
+  };
+
+  std::unique_ptr<float[], Free> data_;
   std::int64_t size_ = 0;
   std::int64_t used_ = 0;
 };

@@ -101,25 +101,6 @@ struct LaneState {
   float* sum = nullptr;
 };
 
-/// Raises `max` to the largest s·scale of each lane.
-inline void raise_max(std::int64_t keys, std::int64_t vectors, float scale, const float* s,
-                      float* max) {
-  const Floats d;
-  for (std::int64_t v = 0; v < vectors; ++v) {
-    const float* at = s + v * kLanes;
-    FloatVec even = hn::Set(d, kMinusInfinity);
-    FloatVec odd = even;
-    std::int64_t key = 0;
-    for (; key + 1 < keys; key += 2, at += 2 * kTileLanes) {
-      even = hn::Max(even, hn::Load(d, at));
-      odd = hn::Max(odd, hn::Load(d, at + kTileLanes));
-    }
-    if (key < keys) even = hn::Max(even, hn::Load(d, at));
-    const FloatVec scaled = hn::Mul(hn::Max(even, odd), hn::Set(d, scale));
-    hn::Store(hn::Max(hn::Load(d, max + v * kLanes), scaled), d, max + v * kLanes);
-  }
-}
-
 /// The maximum in base 2, or 0 for a lane that has seen no key, so that −inf − max stays −inf.
 HWY_INLINE FloatVec base2_max(FloatVec max) {
   const Floats d;
@@ -127,42 +108,69 @@ HWY_INLINE FloatVec base2_max(FloatVec max) {
   return hn::IfThenZeroElse(empty, hn::Mul(max, hn::Set(d, kLog2E)));
 }
 
-/// s ← exp(s·scale − max) after raising the maximum; the sum follows, and `rescale` receives the
-/// factor that the accumulator of each lane needs.
-inline void softmax_tile(std::int64_t keys, std::int64_t vectors, float scale,
-                         float* HWY_RESTRICT s, const LaneState& state,
-                         float* HWY_RESTRICT rescale) {
+/// Raises the maximum of each lane to its largest s·scale.
+template <int kVectors>
+HWY_INLINE void raise_max(std::int64_t keys, float scale, const float* HWY_RESTRICT s,
+                          float* HWY_RESTRICT max) {
   const Floats d;
-  HWY_ALIGN float old_max[kTileLanes];
-  for (std::int64_t v = 0; v < vectors; ++v) {
-    hn::Store(hn::Load(d, state.max + v * kLanes), d, old_max + v * kLanes);
-  }
-  raise_max(keys, vectors, scale, s, state.max);
-  const FloatVec to_base2 = hn::Set(d, scale * kLog2E);
-  for (std::int64_t v = 0; v < vectors; ++v) {
-    const FloatVec max = base2_max(hn::Load(d, state.max + v * kLanes));
-    const FloatVec before = hn::Mul(hn::Load(d, old_max + v * kLanes), hn::Set(d, kLog2E));
-    const FloatVec factor = exp2(d, hn::Sub(before, max));
-    FloatVec even = hn::Mul(hn::Load(d, state.sum + v * kLanes), factor);
-    FloatVec odd = hn::Zero(d);
-    float* at = s + v * kLanes;
-    std::int64_t key = 0;
-    for (; key + 1 < keys; key += 2, at += 2 * kTileLanes) {
-      const FloatVec p0 = exp2(d, hn::MulSub(hn::Load(d, at), to_base2, max));
-      const FloatVec p1 = exp2(d, hn::MulSub(hn::Load(d, at + kTileLanes), to_base2, max));
-      even = hn::Add(even, p0);
-      odd = hn::Add(odd, p1);
-      hn::Store(p0, d, at);
-      hn::Store(p1, d, at + kTileLanes);
+  FloatVec largest[kVectors];
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) largest[v] = hn::Load(d, s + v * kLanes);
+  for (std::int64_t key = 1; key < keys; ++key) {
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) {
+      largest[v] = hn::Max(largest[v], hn::Load(d, s + key * kTileLanes + v * kLanes));
     }
-    if (key < keys) {
-      const FloatVec p = exp2(d, hn::MulSub(hn::Load(d, at), to_base2, max));
-      even = hn::Add(even, p);
+  }
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) {
+    const FloatVec scaled = hn::Mul(largest[v], hn::Set(d, scale));
+    hn::Store(hn::Max(hn::Load(d, max + v * kLanes), scaled), d, max + v * kLanes);
+  }
+}
+
+template <int kVectors>
+HWY_NOINLINE void softmax_vectors(std::int64_t keys, float scale, float* HWY_RESTRICT s,
+                                  const LaneState& state, float* HWY_RESTRICT rescale) {
+  const Floats d;
+  const FloatVec log2e = hn::Set(d, kLog2E);
+  FloatVec before[kVectors];
+  FloatVec max[kVectors];
+  FloatVec sum[kVectors];
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) {
+    before[v] = hn::Mul(hn::Load(d, state.max + v * kLanes), log2e);
+  }
+  raise_max<kVectors>(keys, scale, s, state.max);
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) {
+    max[v] = base2_max(hn::Load(d, state.max + v * kLanes));
+    const FloatVec factor = exp2(d, hn::Sub(before[v], max[v]));
+    hn::Store(factor, d, rescale + v * kLanes);
+    sum[v] = hn::Mul(hn::Load(d, state.sum + v * kLanes), factor);
+  }
+  const FloatVec to_base2 = hn::Set(d, scale * kLog2E);
+  for (std::int64_t key = 0; key < keys; ++key) {
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = s + key * kTileLanes + v * kLanes;
+      const FloatVec p = exp2(d, hn::MulSub(hn::Load(d, at), to_base2, max[v]));
+      sum[v] = hn::Add(sum[v], p);
       hn::Store(p, d, at);
     }
-    hn::Store(hn::Add(even, odd), d, state.sum + v * kLanes);
-    hn::Store(factor, d, rescale + v * kLanes);
   }
+  HWY_UNROLL(3)
+  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, state.sum + v * kLanes);
+}
+
+/// s ← exp(s·scale − max) after raising the maximum; the sum follows, and `rescale` receives the
+/// factor that the accumulator of each lane needs.
+/// @pre keys > 0
+inline void softmax_tile(std::int64_t keys, std::int64_t vectors, float scale, float* s,
+                         const LaneState& state, float* rescale) {
+  if (vectors == 3) return softmax_vectors<3>(keys, scale, s, state, rescale);
+  if (vectors == 2) return softmax_vectors<2>(keys, scale, s, state, rescale);
+  softmax_vectors<1>(keys, scale, s, state, rescale);
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

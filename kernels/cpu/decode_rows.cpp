@@ -1,0 +1,326 @@
+#include "kernels/cpu/decode_rows.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels/cpu/key_runs.hpp"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/decode_rows.cpp"
+#include "kernels/cpu/targets.hpp"
+// clang-format off
+#include "hwy/foreach_target.h"
+// clang-format on
+#include "hwy/highway.h"
+#include "kernels/cpu/logits_tile-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+namespace {
+
+// Keys of a tile. All KV heads read a tile before the next one is touched: heads lie next to each
+// other in memory, so that each page is translated once and read whole.
+constexpr std::int64_t kDecodeTile = 64;
+// Scores of a row of keys, in whole vectors of any target.
+constexpr std::int64_t kScoreStride = kDecodeTile;
+
+// The rows of one KV head: heads of its group × queries.
+struct HeadRows {
+  RowBlock block;
+  TileRows rows;
+  float* q = nullptr;  // [rows, head_dim], scaled
+  float* o = nullptr;  // [rows, value_dim]
+  float max[kMostDecodeRows];
+  float sum[kMostDecodeRows];
+};
+
+// Here lanes are elements of head_dim: with one query to a KV head most lanes would idle otherwise.
+class DecodeRows {
+ public:
+  DecodeRows(const AttentionProblem& problem, std::int64_t batch, Span keys, Scratch& scratch)
+      : problem_(problem),
+        batch_(batch),
+        keys_(keys),
+        k_stride_(round_up(problem.head_dim(), kLanesOrEight)),
+        v_stride_(round_up(problem.value_dim(), kLanesOrEight)) {
+    row_ = scratch.take(k_stride_);
+    std::fill_n(row_, k_stride_, 0.0F);
+    v_ = scratch.take(kDecodeTile * v_stride_);
+    std::fill_n(v_, kDecodeTile * v_stride_, 0.0F);
+    p_ = scratch.take(kMostDecodeRows * kScoreStride);
+    factor_ = scratch.take(kDecodeTile);
+    for (std::int64_t kv_head = 0; kv_head < problem.kv_heads(); ++kv_head) {
+      start_head(kv_head, scratch);
+    }
+  }
+
+  static std::int64_t scratch_floats(const AttentionProblem& problem) {
+    const std::int64_t k_stride = round_up(problem.head_dim(), kLanesOrEight);
+    const std::int64_t v_stride = round_up(problem.value_dim(), kLanesOrEight);
+    return Scratch::room_for(k_stride) + kDecodeTile * v_stride + kMostDecodeRows * kScoreStride +
+           128 +
+           problem.kv_heads() * (Scratch::room_for(kMostDecodeRows * k_stride) +
+                                 Scratch::room_for(kMostDecodeRows * v_stride));
+  }
+
+  void compute(const AttentionState& partial) {
+    for (std::int64_t key = keys_.begin; key < keys_.end; key += kDecodeTile) {
+      const Span tile = intersect(keys_, {key, key + kDecodeTile});
+      for (HeadRows& head : heads_) {
+        for (const KeyRun& run :
+             runs_.find(problem_.mask.of_batch(batch_), {0, problem_.seq_q()}, tile)) {
+          add_run(head, run);
+        }
+      }
+    }
+    for (const HeadRows& head : heads_) write(head, partial);
+  }
+
+ private:
+  static constexpr std::int64_t kLanesOrEight = kLanes > 8 ? kLanes : 8;
+
+  void start_head(std::int64_t kv_head, Scratch& scratch) {
+    HeadRows head;
+    head.block = {batch_, kv_head, heads_of_kv_head(problem_, kv_head), {0, problem_.seq_q()}, {}};
+    if (head.block.rows() == 0) return;
+    head.rows = rows_of_tile(head.block, 0, std::min(kMostDecodeRows, kMaxLanes));
+    head.q = scratch.take(kMostDecodeRows * k_stride_);
+    head.o = scratch.take(kMostDecodeRows * v_stride_);
+    std::fill_n(head.q, kMostDecodeRows * k_stride_, 0.0F);
+    std::fill_n(head.o, kMostDecodeRows * v_stride_, 0.0F);
+    for (std::int64_t r = 0; r < kMostDecodeRows; ++r) {
+      head.max[r] = kMinusInfinity;
+      head.sum[r] = 0.0F;
+      const auto i = static_cast<std::size_t>(r);
+      float* q = head.q + r * k_stride_;
+      load_row(problem_.q.data, problem_.q.dtype,
+               row_offset(problem_.q, batch_, head.rows.query[i], head.rows.head[i]),
+               problem_.head_dim(), q);
+      for (std::int64_t d = 0; d < problem_.head_dim(); ++d) q[d] *= problem_.scale;
+    }
+    heads_.push_back(head);
+  }
+
+  void add_run(HeadRows& head, const KeyRun& run) {
+    for (std::int64_t r = 0; r < head.rows.count; r += 4) {
+      score(head, run, r);
+    }
+    float rescale[kMostDecodeRows] = {};
+    for (std::int64_t r = 0; r < head.rows.count; ++r) {
+      float* s = p_ + r * kScoreStride;
+      finish_logits(head, run, r, s);
+      rescale[r] = softmax(run.keys.size(), s, head.max[r], head.sum[r]);
+      if (problem_.dropout.probability > 0.0F) drop(head, run, r, s);
+    }
+    load_values(head, run);
+    for (std::int64_t r = 0; r < head.rows.count; r += 4) {
+      add_values(run.keys.size(), rescale + r, p_ + r * kScoreStride, head.o + r * v_stride_);
+    }
+  }
+
+  std::int64_t key_offset(const ConstTensorView& view, const HeadRows& head,
+                          std::int64_t key) const {
+    return row_offset(view, batch_, key, head.block.kv_head);
+  }
+
+  // Four rows of scores: one pass over the keys of the run.
+  void score(const HeadRows& head, const KeyRun& run, std::int64_t first) {
+    const Floats d;
+    const float* q = head.q + first * k_stride_;
+    float* s = p_ + first * kScoreStride;
+    for (std::int64_t key = run.keys.begin; key < run.keys.end; ++key) {
+      const std::int64_t at = key_offset(problem_.k, head, key);
+      if (key + kDecodeTile < keys_.end) {
+        prefetch_row_to_l2(problem_.k, at + kDecodeTile * problem_.k.strides[1]);
+      }
+      load_row(problem_.k.data, problem_.k.dtype, at, problem_.head_dim(), row_);
+      FloatVec sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
+      for (std::int64_t i = 0; i < k_stride_; i += kLanes) {
+        const FloatVec k = hn::Load(d, row_ + i);
+        HWY_UNROLL(4)
+        for (int r = 0; r < 4; ++r) {
+          sum[r] = hn::MulAdd(k, hn::Load(d, q + r * k_stride_ + i), sum[r]);
+        }
+      }
+      HWY_UNROLL(4)
+      for (int r = 0; r < 4; ++r) {
+        s[r * kScoreStride + key - run.keys.begin] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+      }
+    }
+  }
+
+  // Soft cap, bias and masks of one row of scores.
+  void finish_logits(const HeadRows& head, const KeyRun& run, std::int64_t r, float* s) {
+    const std::int64_t keys = run.keys.size();
+    const auto i = static_cast<std::size_t>(r);
+    const std::int64_t query = head.rows.query[i];
+    if (problem_.soft_cap > 0.0F) {
+      const Floats d;
+      const FloatVec cap = hn::Set(d, problem_.soft_cap);
+      const FloatVec inverse = hn::Set(d, 1.0F / problem_.soft_cap);
+      for (std::int64_t k = 0; k < keys; k += kLanes) {
+        hn::StoreU(hn::Mul(cap, tanh(d, hn::Mul(hn::LoadU(d, s + k), inverse))), d, s + k);
+      }
+    }
+    if (problem_.bias) {
+      load_pairs(problem_.bias, head, run, r);
+      for (std::int64_t k = 0; k < keys; ++k) s[k] += factor_[k];
+    }
+    if (problem_.dense_mask) {
+      load_pairs(problem_.dense_mask, head, run, r);
+      for (std::int64_t k = 0; k < keys; ++k) s[k] = factor_[k] == 0.0F ? kMinusInfinity : s[k];
+    }
+    if (run.full) return;
+    std::fill_n(factor_, keys, 0.0F);
+    for (const Slice& slice : run.slices) {
+      const Span kept = keys_in_run(run, slice, query);
+      std::fill_n(factor_ + kept.begin, kept.size(), 1.0F);
+    }
+    for (std::int64_t k = 0; k < keys; ++k) s[k] = factor_[k] == 0.0F ? kMinusInfinity : s[k];
+  }
+
+  void load_pairs(const ConstTensorView& view, const HeadRows& head, const KeyRun& run,
+                  std::int64_t r) {
+    const auto i = static_cast<std::size_t>(r);
+    const std::int64_t at = pair_offset(view, batch_, head.rows.head[i], head.rows.query[i]);
+    load_pair_row(view, at + run.keys.begin * view.strides[3], run.keys.size(), factor_);
+  }
+
+  void drop(const HeadRows& head, const KeyRun& run, std::int64_t r, float* p) const {
+    const auto i = static_cast<std::size_t>(r);
+    const Dropout& dropout = problem_.dropout;
+    const float factor = 1.0F / (1.0F - dropout.probability);
+    for (std::int64_t k = 0; k < run.keys.size(); ++k) {
+      const bool kept =
+          dropout_keeps(dropout.seed, dropout_threshold(dropout.probability),
+                        batch_ + dropout.batch_begin, head.rows.head[i] + dropout.q_head_begin,
+                        global_position(dropout.q_positions, head.rows.query[i]),
+                        global_position(dropout.k_positions, run.keys.begin + k));
+      p[k] *= kept ? factor : 0.0F;
+    }
+  }
+
+  // s ← exp(s − max) for one row; the factor that its accumulator needs.
+  static float softmax(std::int64_t keys, float* s, float& max, float& sum) {
+    const Floats d;
+    for (std::int64_t k = keys; k < round_up(keys, kLanes); ++k) s[k] = kMinusInfinity;
+    FloatVec largest = hn::Set(d, max);
+    for (std::int64_t k = 0; k < keys; k += kLanes) largest = hn::Max(largest, hn::Load(d, s + k));
+    const FloatVec new_max = hn::MaxOfLanes(d, largest);
+    const FloatVec base2 = base2_max(new_max);
+    const FloatVec log2e = hn::Set(d, kLog2E);
+    FloatVec total = hn::Zero(d);
+    for (std::int64_t k = 0; k < keys; k += kLanes) {
+      const FloatVec p = exp2(d, hn::MulSub(hn::Load(d, s + k), log2e, base2));
+      total = hn::Add(total, p);
+      hn::Store(p, d, s + k);
+    }
+    const float rescale = hn::GetLane(exp2(d, hn::Sub(hn::Mul(hn::Set(d, max), log2e), base2)));
+    max = hn::GetLane(new_max);
+    sum = sum * rescale + hn::GetLane(hn::SumOfLanes(d, total));
+    return rescale;
+  }
+
+  void load_values(const HeadRows& head, const KeyRun& run) {
+    for (std::int64_t key = run.keys.begin; key < run.keys.end; ++key) {
+      const std::int64_t at = key_offset(problem_.v, head, key);
+      if (key + kDecodeTile < keys_.end) {
+        prefetch_row_to_l2(problem_.v, at + kDecodeTile * problem_.v.strides[1]);
+      }
+      load_row(problem_.v.data, problem_.v.dtype, at, problem_.value_dim(),
+               v_ + (key - run.keys.begin) * v_stride_);
+    }
+  }
+
+  // o ← o·rescale + p·V for four rows, two vectors of columns at a time.
+  void add_values(std::int64_t keys, const float* rescale, const float* p, float* o) const {
+    const Floats d;
+    for (std::int64_t column = 0; column < v_stride_; column += 2 * kLanes) {
+      const bool pair = column + kLanes < v_stride_;
+      FloatVec sum[4][2];
+      HWY_UNROLL(4)
+      for (int r = 0; r < 4; ++r) {
+        const FloatVec factor = hn::Set(d, rescale[r]);
+        const float* at = o + r * v_stride_ + column;
+        sum[r][0] = hn::Mul(factor, hn::Load(d, at));
+        sum[r][1] = pair ? hn::Mul(factor, hn::Load(d, at + kLanes)) : hn::Zero(d);
+      }
+      const float* v = v_ + column;
+      const std::int64_t second = pair ? kLanes : 0;
+      for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
+        const FloatVec v0 = hn::Load(d, v);
+        const FloatVec v1 = hn::Load(d, v + second);
+        HWY_UNROLL(4)
+        for (int r = 0; r < 4; ++r) {
+          const FloatVec weight = hn::Set(d, p[r * kScoreStride + key]);
+          sum[r][0] = hn::MulAdd(weight, v0, sum[r][0]);
+          sum[r][1] = hn::MulAdd(weight, v1, sum[r][1]);
+        }
+      }
+      HWY_UNROLL(4)
+      for (int r = 0; r < 4; ++r) {
+        float* at = o + r * v_stride_ + column;
+        hn::Store(sum[r][0], d, at);
+        if (pair) hn::Store(sum[r][1], d, at + kLanes);
+      }
+    }
+  }
+
+  void write(const HeadRows& head, const AttentionState& partial) const {
+    for (std::int64_t r = 0; r < head.rows.count; ++r) {
+      const auto i = static_cast<std::size_t>(r);
+      const std::int64_t h = head.rows.head[i];
+      const std::int64_t q = head.rows.query[i];
+      static_cast<float*>(partial.row_max.data)[statistic_offset(partial.row_max, batch_, h, q)] =
+          head.max[r];
+      static_cast<float*>(partial.row_sum.data)[statistic_offset(partial.row_sum, batch_, h, q)] =
+          head.sum[r];
+      store_row(head.o + r * v_stride_, problem_.value_dim(), partial.accumulator.data, DType::f32,
+                row_offset(partial.accumulator, batch_, q, h));
+    }
+  }
+
+  const AttentionProblem& problem_;
+  std::int64_t batch_;
+  Span keys_;
+  std::int64_t k_stride_;
+  std::int64_t v_stride_;
+  float* row_ = nullptr;     // [head_dim], zeros up to a vector
+  float* v_ = nullptr;       // [keys, value_dim], zeros up to a vector
+  float* p_ = nullptr;       // [rows, keys]
+  float* factor_ = nullptr;  // [keys]
+  std::vector<HeadRows> heads_;
+  KeyRuns runs_;
+};
+
+std::int64_t decode_scratch_on_target(const AttentionProblem& problem) {
+  return DecodeRows::scratch_floats(problem);
+}
+
+void decode_rows_on_target(const AttentionProblem& problem, std::int64_t batch, Span keys,
+                           const AttentionState& partial, Scratch& scratch) {
+  DecodeRows(problem, batch, keys, scratch).compute(partial);
+}
+
+}  // namespace
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace annulus::kernels {
+
+HWY_EXPORT(decode_scratch_on_target);
+HWY_EXPORT(decode_rows_on_target);
+
+std::int64_t decode_scratch(const AttentionProblem& problem) {
+  return HWY_DYNAMIC_DISPATCH(decode_scratch_on_target)(problem);
+}
+
+void decode_rows(const AttentionProblem& problem, std::int64_t batch, Span keys,
+                 const AttentionState& partial, Scratch& scratch) {
+  HWY_DYNAMIC_DISPATCH(decode_rows_on_target)(problem, batch, keys, partial, scratch);
+}
+
+}  // namespace annulus::kernels
+#endif  // HWY_ONCE
