@@ -152,6 +152,7 @@ void AttentionCall::state(Statement& statement) const {
       .add("operation", operation_.name())
       .add("mesh", metadata.mesh.to_string())
       .add("backend", metadata.backend)
+      .add("transport", name(metadata.transport))
       .add("runtime dtype", name(metadata.runtime_dtype))
       .add("kernel", tuning.kernel)
       .add("stage rows", tuning.stage_rows)
@@ -204,8 +205,14 @@ void AttentionCall::agree(const std::vector<const DistributedTensor*>& extra) {
   }
   // Groups are made by all ranks together, also by those that have nothing to do.
   static_cast<void>(sequence_group());
+  if (operation_.traits().key_rows == KeyRows::dealt) static_cast<void>(kernel_ranks());
   const double mean = report_.pairs / static_cast<double>(numbers.size());
   report_.imbalance = mean > 0.0 ? static_cast<double>(largest) / mean : 1.0;
+}
+
+Communicator& AttentionCall::kernel_ranks() const {
+  if (device_ == Device::cpu) return sequence_group();
+  return context_.along(setup_->mesh(), setup_->sequence_axes, operation_.metadata().transport);
 }
 
 WorkingInput AttentionCall::bring(const DistributedTensor& from, DimOrder order,
@@ -278,6 +285,11 @@ void AttentionCall::bring_inputs() {
 }
 
 DistributedTensor AttentionCall::leave(DistributedTensor result, const TensorLayout& wanted) {
+  const Device home = inputs_.query.device();
+  if (result.device() != home) {
+    Tensor local = Tensor::copy_of(std::as_const(result).local(), result.dtype(), home);
+    result = DistributedTensor(std::move(local), result.layout(), rank_);
+  }
   if (same_shards(result.layout(), wanted)) return result;
   const auto begin = Clock::now();
   const std::int64_t bytes_before = context_.world().bytes_sent();
@@ -347,7 +359,7 @@ void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) 
   ExecutionReport execution;
   const ExecuteOptions options = execute_options(execution);
   if (plan_) {
-    execute_forward(sequence_group(), *plan_, call, options);
+    execute_forward(kernel_ranks(), *plan_, call, options);
   } else if (call.problem.seq_q() > 0) {
     const auto begin = Clock::now();
     attention_forward(call, options.backend);
@@ -363,7 +375,7 @@ void AttentionCall::backward(BackwardCall& call) {
   ExecutionReport execution;
   const ExecuteOptions options = execute_options(execution);
   if (plan_) {
-    execute_backward(sequence_group(), *plan_, call, options);
+    execute_backward(kernel_ranks(), *plan_, call, options);
   } else if (call.problem.seq_q() > 0) {
     const auto begin = Clock::now();
     attention_backward(call, options.backend);

@@ -66,6 +66,8 @@ class AttentionCall {
 
  private:
   Communicator& along(const AxisTuple& axes) const { return context_.along(setup_->mesh(), axes); }
+  /// The sequence group that moves what the kernels read: device memory where that is.
+  Communicator& kernel_ranks() const;
   void plan();
   void state(Statement& statement) const;
   WorkingInput bring_pairs(const DistributedTensor* from, const std::optional<TensorLayout>& to,

@@ -138,23 +138,41 @@ void Context::choose_device() {
 }
 
 Communicator& Context::along(const Mesh& mesh, const AxisTuple& axes) {
+  return group_of(*world_, along_, mesh, axes);
+}
+
+Communicator& Context::along(const Mesh& mesh, const AxisTuple& axes, Transport transport) {
+  DeviceRanks& ranks = device_ranks_[transport];
+  if (!ranks.world) ranks.world = make_device_communicator(*world_, transport, nodes_);
+  return group_of(*ranks.world, ranks.along, mesh, axes);
+}
+
+Communicator& Context::group_of(Communicator& world, Groups& groups, const Mesh& mesh,
+                                const AxisTuple& axes) {
   require(mesh.ranks() == size(), ExitCode::usage, "context: mesh {} has {} ranks, {} run",
           mesh.to_string(), mesh.ranks(), size());
   AxisTuple split_axes;  // axes of size 1 change nothing
   for (const std::string& axis : axes) {
     if (mesh.size(axis) > 1) split_axes.push_back(axis);
   }
-  std::unique_ptr<Communicator>& communicator = along_[{mesh.to_string(), split_axes}];
+  std::unique_ptr<Communicator>& communicator = groups[{mesh.to_string(), split_axes}];
   if (!communicator) {
     const int leader = mesh.group(rank(), split_axes).front();
-    communicator = world_->split(leader, mesh.group_index(rank(), split_axes));
+    communicator = world.split(leader, mesh.group_index(rank(), split_axes));
   }
   return *communicator;
 }
 
 std::int64_t Context::bytes_sent() const {
-  std::int64_t bytes = world_->bytes_sent();
-  for (const auto& [group, communicator] : along_) bytes += communicator->bytes_sent();
+  const auto sum = [](const Groups& groups) {
+    std::int64_t bytes = 0;
+    for (const auto& [group, communicator] : groups) bytes += communicator->bytes_sent();
+    return bytes;
+  };
+  std::int64_t bytes = world_->bytes_sent() + sum(along_);
+  for (const auto& [transport, ranks] : device_ranks_) {
+    bytes += ranks.world->bytes_sent() + sum(ranks.along);
+  }
   return bytes;
 }
 

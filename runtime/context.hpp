@@ -10,6 +10,7 @@
 
 #include "kernels/error.hpp"
 #include "runtime/mpi_communicator.hpp"
+#include "runtime/transport.hpp"
 #include "sharding/communicator.hpp"
 #include "sharding/mesh.hpp"
 
@@ -53,6 +54,8 @@ class Context {
   /// use of an axis or tuple is collective over all ranks. Throws usage when the mesh's ranks are
   /// not the context's.
   Communicator& along(const Mesh& mesh, const AxisTuple& axes);
+  /// The same ranks for device memory. @pre device() is cuda
+  Communicator& along(const Mesh& mesh, const AxisTuple& axes, Transport transport);
 
   /// Payload bytes this rank has sent over the communicators of this context.
   std::int64_t bytes_sent() const;
@@ -72,7 +75,17 @@ class Context {
   std::unique_ptr<Watch> watch_;
   std::unique_ptr<Communicator> world_;
   // Key: the mesh and those of the axes that have several ranks.
-  std::map<std::pair<std::string, AxisTuple>, std::unique_ptr<Communicator>> along_;
+  using Groups = std::map<std::pair<std::string, AxisTuple>, std::unique_ptr<Communicator>>;
+  struct DeviceRanks {
+    std::unique_ptr<Communicator> world;
+    Groups along;
+  };
+
+  Communicator& group_of(Communicator& world, Groups& groups, const Mesh& mesh,
+                         const AxisTuple& axes);
+
+  Groups along_;
+  std::map<Transport, DeviceRanks> device_ranks_;
   std::vector<int> node_of_;
   int nodes_ = 1;
   int local_rank_ = 0;

@@ -57,7 +57,8 @@ OperationMetadata resolve_metadata(Context& context, const OperationConfig& give
   require(mesh->ranks() == context.size(), ExitCode::usage,
           "metadata: mesh {} has {} ranks, {} run", mesh->to_string(), mesh->ranks(),
           context.size());
-  const OperationMetadata defaults{.context = &context, .mesh = *mesh, .partition_manager = PartitionManager()};
+  const OperationMetadata defaults{
+      .context = &context, .mesh = *mesh, .partition_manager = PartitionManager()};
   OperationMetadata metadata = defaults;
   metadata.partition_manager = manager_of(given, base);
   metadata.runtime_dtype =
@@ -70,6 +71,7 @@ OperationMetadata resolve_metadata(Context& context, const OperationConfig& give
           .value_or(split.empty() ? defaults.sequence_axis_name : split.front());
   metadata.backend =
       first(given.backend, base.backend).value_or(std::string(name(context.device())));
+  metadata.transport = first(given.transport, base.transport).value_or(defaults.transport);
   metadata.operation_configs =
       first(given.operation_configs, base.operation_configs).value_or(defaults.operation_configs);
   metadata.requires_cache = first(given.requires_cache, base.requires_cache);

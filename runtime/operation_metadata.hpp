@@ -7,6 +7,7 @@
 
 #include "kernels/types.hpp"
 #include "runtime/context.hpp"
+#include "runtime/transport.hpp"
 #include "sharding/mesh.hpp"
 #include "sharding/partition_manager.hpp"
 
@@ -29,6 +30,7 @@ struct OperationConfig {
   std::optional<DType> runtime_softmax_dtype = std::nullopt;
   std::optional<std::string> sequence_axis_name = std::nullopt;
   std::optional<std::string> backend = std::nullopt;
+  std::optional<Transport> transport = std::nullopt;
   std::optional<PartitionAxis> partition_axis = std::nullopt;
   std::optional<PartitionManager> partition_manager = std::nullopt;
   std::optional<Mesh> mesh = std::nullopt;
@@ -49,6 +51,8 @@ struct OperationMetadata {
   DType runtime_softmax_dtype = DType::f32;
   std::string sequence_axis_name = "sp";
   std::string backend = "cpu";
+  /// Of device tensors; host tensors go by MPI.
+  Transport transport = Transport::automatic;
   /// By an operation's registered name.
   std::map<std::string, OperationTuning> operation_configs = {};
   /// None: the operation's own default.
