@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "kernels/element.hpp"
@@ -45,14 +47,67 @@ void add(const TensorView& view, std::int64_t offset, double value) {
   store_element(view.data, view.dtype, offset, load(view, offset) + value);
 }
 
-double dot(const ConstTensorView& a, std::int64_t a_offset, const ConstTensorView& b,
-           std::int64_t b_offset) {
-  double sum = 0.0;
-  for (std::int64_t d = 0; d < a.shape[3]; ++d) {
-    sum += load(a, a_offset + d * a.strides[3]) * load(b, b_offset + d * b.strides[3]);
+/// Rows [batch b, seq, head h] of a view as dense doubles: loops over them vectorise.
+class DenseRows {
+ public:
+  explicit DenseRows(std::int64_t dim) : dim_(static_cast<std::size_t>(dim)) {}
+
+  void load_head(const ConstTensorView& view, std::int64_t b, std::int64_t h) {
+    values_.resize(static_cast<std::size_t>(view.shape[1]) * dim_);
+    for (std::int64_t s = 0; s < view.shape[1]; ++s) load_row(view, row_offset(view, b, s, h), s);
   }
+  void load_one(const ConstTensorView& view, std::int64_t offset) {
+    values_.resize(dim_);
+    load_row(view, offset, 0);
+  }
+  void clear(std::int64_t rows) { values_.assign(static_cast<std::size_t>(rows) * dim_, 0.0); }
+  /// Adds the rows to [batch b, seq, head h] of a view.
+  void add_to_head(const TensorView& view, std::int64_t b, std::int64_t h) const {
+    for (std::int64_t s = 0; s < view.shape[1]; ++s) {
+      const std::int64_t offset = row_offset(view, b, s, h);
+      const std::span<const double> values = row(s);
+      for (std::size_t d = 0; d < dim_; ++d) {
+        add(view, offset + static_cast<std::int64_t>(d) * view.strides[3], values[d]);
+      }
+    }
+  }
+  std::span<const double> row(std::int64_t s) const {
+    return {values_.data() + static_cast<std::size_t>(s) * dim_, dim_};
+  }
+  std::span<double> row(std::int64_t s) {
+    return {values_.data() + static_cast<std::size_t>(s) * dim_, dim_};
+  }
+
+ private:
+  void load_row(const ConstTensorView& view, std::int64_t offset, std::int64_t s) {
+    for (std::size_t d = 0; d < dim_; ++d) {
+      row(s)[d] = load(view, offset + static_cast<std::int64_t>(d) * view.strides[3]);
+    }
+  }
+
+  std::size_t dim_;
+  std::vector<double> values_;
+};
+
+double dot(std::span<const double> a, std::span<const double> b) {
+  double sum = 0.0;
+  for (std::size_t d = 0; d < a.size(); ++d) sum += a[d] * b[d];
   return sum;
 }
+
+void add_scaled(double factor, std::span<const double> from, std::span<double> into) {
+  for (std::size_t d = 0; d < into.size(); ++d) into[d] += factor * from[d];
+}
+
+/// Keys and values of the KV head at hand, and the query row at hand.
+struct Operands {
+  explicit Operands(const AttentionProblem& problem)
+      : q(problem.head_dim()), k(problem.head_dim()), v(problem.value_dim()) {}
+
+  DenseRows q;
+  DenseRows k;
+  DenseRows v;
+};
 
 std::int64_t global_position(std::span<const PositionRun> runs, std::int64_t local) {
   if (runs.empty()) return local;
@@ -79,10 +134,9 @@ struct Logit {
   double cap_slope = 1.0;  // d(capped) / d(scaled)
 };
 
-Logit logit_of(const AttentionProblem& problem, const Row& row, std::int64_t k) {
-  const double raw = static_cast<double>(problem.scale) *
-                     dot(problem.q, row_offset(problem.q, row.b, row.q, row.h), problem.k,
-                         row_offset(problem.k, row.b, k, problem.kv_head_of(row.h)));
+Logit logit_of(const AttentionProblem& problem, const Operands& operands, const Row& row,
+               std::int64_t k) {
+  const double raw = static_cast<double>(problem.scale) * dot(operands.q.row(0), operands.k.row(k));
   Logit logit{k, raw, 1.0};
   if (problem.soft_cap > 0.0F) {
     const double cap = static_cast<double>(problem.soft_cap);
@@ -95,7 +149,8 @@ Logit logit_of(const AttentionProblem& problem, const Row& row, std::int64_t k) 
 }
 
 // Logits of the keys that slices and the dense mask keep for one row.
-std::vector<Logit> kept_logits(const AttentionProblem& problem, const Row& row) {
+std::vector<Logit> kept_logits(const AttentionProblem& problem, const Operands& operands,
+                               const Row& row) {
   std::vector<Logit> logits;
   for (const Slice& slice : problem.mask.of_batch(row.b)) {
     if (!slice.q.contains(row.q)) continue;
@@ -103,7 +158,7 @@ std::vector<Logit> kept_logits(const AttentionProblem& problem, const Row& row) 
     for (std::int64_t k = keys.begin; k < keys.end; ++k) {
       const ConstTensorView& dense = problem.dense_mask;
       if (dense && load(dense, pair_offset(dense, row, k)) == 0.0) continue;
-      logits.push_back(logit_of(problem, row, k));
+      logits.push_back(logit_of(problem, operands, row, k));
     }
   }
   return logits;
@@ -134,8 +189,9 @@ RowState start_row(const ForwardCall& call, const Row& row) {
   return state;
 }
 
-void add_keys(const AttentionProblem& problem, const Row& row, RowState& state) {
-  const std::vector<Logit> logits = kept_logits(problem, row);
+void add_keys(const AttentionProblem& problem, const Operands& operands, const Row& row,
+              RowState& state) {
+  const std::vector<Logit> logits = kept_logits(problem, operands, row);
   double max = state.max;
   for (const Logit& logit : logits) max = max_or_nan(max, logit.value);
   if (max == -kInfinity) return;
@@ -145,12 +201,8 @@ void add_keys(const AttentionProblem& problem, const Row& row, RowState& state) 
   for (const Logit& logit : logits) {
     const double weight = std::exp(logit.value - max);
     state.sum += weight;
-    const double kept = weight * dropout_factor(problem.dropout, row, logit.k);
-    const std::int64_t offset = row_offset(problem.v, row.b, logit.k, problem.kv_head_of(row.h));
-    for (std::size_t d = 0; d < state.accumulator.size(); ++d) {
-      state.accumulator[d] +=
-          kept * load(problem.v, offset + static_cast<std::int64_t>(d) * problem.v.strides[3]);
-    }
+    add_scaled(weight * dropout_factor(problem.dropout, row, logit.k), operands.v.row(logit.k),
+               state.accumulator);
   }
   state.max = max;
 }
@@ -182,40 +234,69 @@ void end_row(const ForwardCall& call, const Row& row, const RowState& state) {
   }
 }
 
-void backward_pair(const BackwardCall& call, const Row& row, const Logit& logit, double lse,
-                   double delta) {
+/// Gradients of one KV head in double, rounded once when they are added to the call's.
+struct Gradients {
+  explicit Gradients(const AttentionProblem& problem)
+      : q(problem.head_dim()), k(problem.head_dim()), v(problem.value_dim()) {}
+
+  DenseRows q;  // of the query row at hand
+  DenseRows k;
+  DenseRows v;
+};
+
+void backward_pair(const BackwardCall& call, const Operands& operands,
+                   std::span<const double> grad_o, const Row& row, const Logit& logit, double lse,
+                   double delta, Gradients& gradients) {
   const AttentionProblem& problem = call.problem;
-  const std::int64_t kv_head = problem.kv_head_of(row.h);
-  const std::int64_t q_at = row_offset(problem.q, row.b, row.q, row.h);
-  const std::int64_t k_at = row_offset(problem.k, row.b, logit.k, kv_head);
-  const std::int64_t v_at = row_offset(problem.v, row.b, logit.k, kv_head);
-  const std::int64_t o_at = row_offset(call.grad_o, row.b, row.q, row.h);
   const double p = std::exp(logit.value - lse);
   const double factor = dropout_factor(problem.dropout, row, logit.k);
-  const double grad_logit = p * (factor * dot(call.grad_o, o_at, problem.v, v_at) - delta);
+  const double grad_logit = p * (factor * dot(grad_o, operands.v.row(logit.k)) - delta);
   if (call.grad_bias) add(call.grad_bias, pair_offset(call.grad_bias, row, logit.k), grad_logit);
   const double grad_product = grad_logit * logit.cap_slope * static_cast<double>(problem.scale);
-  for (std::int64_t d = 0; call.grad_q && d < problem.head_dim(); ++d) {
-    add(call.grad_q, row_offset(call.grad_q, row.b, row.q, row.h) + d * call.grad_q.strides[3],
-        grad_product * load(problem.k, k_at + d * problem.k.strides[3]));
+  add_scaled(grad_product, operands.k.row(logit.k), gradients.q.row(0));
+  add_scaled(grad_product, operands.q.row(0), gradients.k.row(logit.k));
+  add_scaled(p * factor, grad_o, gradients.v.row(logit.k));
+}
+
+void backward_row(const BackwardCall& call, const Operands& operands, const Row& row,
+                  Gradients& gradients) {
+  const double lse = load(call.log_sum_exp, statistic_offset(call.log_sum_exp, row));
+  if (lse == -kInfinity) return;
+  const double delta = load(call.delta, statistic_offset(call.delta, row));
+  DenseRows grad_o(call.problem.value_dim());
+  grad_o.load_one(call.grad_o, row_offset(call.grad_o, row.b, row.q, row.h));
+  gradients.q.clear(1);
+  for (const Logit& logit : kept_logits(call.problem, operands, row)) {
+    backward_pair(call, operands, grad_o.row(0), row, logit, lse, delta, gradients);
   }
-  for (std::int64_t d = 0; call.grad_k && d < problem.head_dim(); ++d) {
-    add(call.grad_k, row_offset(call.grad_k, row.b, logit.k, kv_head) + d * call.grad_k.strides[3],
-        grad_product * load(problem.q, q_at + d * problem.q.strides[3]));
-  }
-  for (std::int64_t d = 0; call.grad_v && d < problem.value_dim(); ++d) {
-    add(call.grad_v, row_offset(call.grad_v, row.b, logit.k, kv_head) + d * call.grad_v.strides[3],
-        p * factor * load(call.grad_o, o_at + d * call.grad_o.strides[3]));
+  if (!call.grad_q) return;
+  const std::int64_t offset = row_offset(call.grad_q, row.b, row.q, row.h);
+  const std::span<const double> values = std::as_const(gradients.q).row(0);
+  for (std::size_t d = 0; d < values.size(); ++d) {
+    add(call.grad_q, offset + static_cast<std::int64_t>(d) * call.grad_q.strides[3], values[d]);
   }
 }
 
+// Visits (batch, query head) with the keys and values of its KV head loaded.
 template <typename Visit>
-void for_each_row(const AttentionProblem& problem, Visit visit) {
+void for_each_head(const AttentionProblem& problem, Visit visit) {
+  Operands operands(problem);
   for (std::int64_t b = 0; b < problem.batch(); ++b) {
+    std::int64_t loaded = -1;
     for (std::int64_t h = 0; h < problem.q_heads(); ++h) {
-      for (std::int64_t q = 0; q < problem.seq_q(); ++q) visit(Row{b, h, q});
+      const std::int64_t kv_head = problem.kv_head_of(h);
+      if (kv_head != loaded) {
+        operands.k.load_head(problem.k, b, kv_head);
+        operands.v.load_head(problem.v, b, kv_head);
+        loaded = kv_head;
+      }
+      visit(b, h, operands);
     }
   }
+}
+
+void load_query(const AttentionProblem& problem, const Row& row, Operands& operands) {
+  operands.q.load_one(problem.q, row_offset(problem.q, row.b, row.q, row.h));
 }
 
 }  // namespace
@@ -225,21 +306,31 @@ std::string unsupported(const AttentionProblem& problem, Direction /*direction*/
 }
 
 void forward(const ForwardCall& call) {
-  for_each_row(call.problem, [&](const Row& row) {
-    RowState state = start_row(call, row);
-    add_keys(call.problem, row, state);
-    end_row(call, row, state);
+  for_each_head(call.problem, [&](std::int64_t b, std::int64_t h, Operands& operands) {
+    for (std::int64_t q = 0; q < call.problem.seq_q(); ++q) {
+      const Row row{b, h, q};
+      load_query(call.problem, row, operands);
+      RowState state = start_row(call, row);
+      add_keys(call.problem, operands, row, state);
+      end_row(call, row, state);
+    }
   });
 }
 
 void backward(const BackwardCall& call) {
-  for_each_row(call.problem, [&](const Row& row) {
-    const double lse = load(call.log_sum_exp, statistic_offset(call.log_sum_exp, row));
-    if (lse == -kInfinity) return;
-    const double delta = load(call.delta, statistic_offset(call.delta, row));
-    for (const Logit& logit : kept_logits(call.problem, row)) {
-      backward_pair(call, row, logit, lse, delta);
+  const AttentionProblem& problem = call.problem;
+  Gradients gradients(problem);
+  for_each_head(problem, [&](std::int64_t b, std::int64_t h, Operands& operands) {
+    gradients.k.clear(problem.seq_kv());
+    gradients.v.clear(problem.seq_kv());
+    for (std::int64_t q = 0; q < problem.seq_q(); ++q) {
+      const Row row{b, h, q};
+      load_query(problem, row, operands);
+      backward_row(call, operands, row, gradients);
     }
+    const std::int64_t kv_head = problem.kv_head_of(h);
+    if (call.grad_k) gradients.k.add_to_head(call.grad_k, b, kv_head);
+    if (call.grad_v) gradients.v.add_to_head(call.grad_v, b, kv_head);
   });
 }
 
