@@ -1,0 +1,223 @@
+#pragma once
+
+#include "kernels/sm90/forward_epilogue.cuh"
+
+/// One consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time.
+///
+/// The loop runs over the blocks of all tiles of this thread block without a break in between: the
+/// scores of the next block, of the next tile too, are multiplied beside this block's P·V, and a
+/// finished tile is written while the tensor cores work for the other warpgroup. Named barriers
+/// let the warpgroups take turns at issuing (FlashAttention-3, section 3.1).
+namespace annulus::kernels::sm90 {
+
+inline constexpr int kFirstTurnBarrier = 1;
+
+template <typename Tile, bool kSoftCap>
+class ForwardConsumer {
+ public:
+  using Element = typename Tile::Element;
+
+  __device__ ForwardConsumer(const ForwardParams& params, SharedTile<Tile>& shared, int warpgroup)
+      : params_(params), shared_(shared), warpgroup_(warpgroup) {}
+
+  __device__ void run() {
+    if (Tile::kPingPong && warpgroup_ == Tile::kWarpgroups - 1) pass_turn();
+    float s[Tile::kBlock / 2];
+    float o[Tile::kValueDim / 2];
+    std::uint32_t p[Tile::kBlock / 4];
+    float factor[2];
+    RowStatistics rows;
+
+    int flags = await_keys();
+    if (flags & kEndOfWork) return;
+    start_tile(flags, s, p, rows);
+    bool first_of_tile = true;  // of the block whose probabilities p holds
+    while (true) {
+      flags = await_keys();
+      if (flags & kEndOfWork) break;
+      if constexpr (Tile::kQueryBuffers == 1) {
+        if (flags & kFirstOfTile) {
+          end_tile(o, p, rows, first_of_tile);
+          rows = {};
+          start_tile(flags, s, p, rows);
+          first_of_tile = true;
+          continue;
+        }
+      }
+      if (flags & kFirstOfTile) mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+      await_turn();
+      wgmma_fence();
+      issue_scores(s);
+      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      if (cut_) clear_values_after_end();
+      issue_values(o, p, !first_of_tile);
+      pass_turn();
+
+      wgmma_wait<1>();
+      pin_registers(s);
+      prepare_scores(s, flags);
+      release_keys(flags);
+      const RowStatistics done = rows;
+      if (flags & kFirstOfTile) rows = {};
+      softmax_step(s, rows, params_.exp_scale, factor);
+
+      wgmma_wait<0>();
+      pin_registers(o);
+      pin_registers(p);
+      release_values();
+      if (flags & kFirstOfTile) {
+        finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, done);
+        ++tile_;
+      } else {
+        scale_rows(o, factor);
+      }
+      pack_probabilities<Element>(s, p);
+      first_of_tile = (flags & kFirstOfTile) != 0;
+    }
+    end_tile(o, p, rows, first_of_tile);
+  }
+
+ private:
+  static constexpr int kTurnThreads = 256;
+
+  __device__ void await_turn() {
+    if constexpr (Tile::kPingPong) named_barrier_sync(kFirstTurnBarrier + warpgroup_, kTurnThreads);
+  }
+
+  __device__ void pass_turn() {
+    if constexpr (Tile::kPingPong) {
+      const int next = warpgroup_ == Tile::kWarpgroups - 1 ? 0 : warpgroup_ + 1;
+      named_barrier_arrive(kFirstTurnBarrier + next, kTurnThreads);
+    }
+  }
+
+  __device__ int await_keys() {
+    mbarrier_wait(&shared_.k_full[k_ring_.index], k_ring_.parity);
+    return shared_.blocks[k_ring_.index].flags;
+  }
+
+  /// Scores and softmax of a tile's first block, with nothing to run beside them.
+  __device__ void start_tile(int flags, float (&s)[Tile::kBlock / 2],
+                             std::uint32_t (&p)[Tile::kBlock / 4], RowStatistics& rows) {
+    mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+    wgmma_fence();
+    issue_scores(s);
+    wgmma_wait<0>();
+    pin_registers(s);
+    prepare_scores(s, flags);
+    release_keys(flags);
+    float factor[2];
+    softmax_step(s, rows, params_.exp_scale, factor);
+    pack_probabilities<Element>(s, p);
+  }
+
+  __device__ void end_tile(float (&o)[Tile::kValueDim / 2], std::uint32_t (&p)[Tile::kBlock / 4],
+                           const RowStatistics& rows, bool first_of_tile) {
+    mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+    if (cut_) clear_values_after_end();
+    wgmma_fence();
+    issue_values(o, p, !first_of_tile);
+    wgmma_wait<0>();
+    pin_registers(o);
+    pin_registers(p);
+    release_values();
+    finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, rows);
+    ++tile_;
+  }
+
+  __device__ void issue_scores(float (&s)[Tile::kBlock / 2]) {
+    using Layout = typename Tile::QkTile;
+    const std::uint64_t q = Layout::k_major(shared_.q[q_ring_.index][warpgroup_]);
+    const std::uint64_t k = Layout::k_major(shared_.k[k_ring_.index]);
+#pragma unroll
+    for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
+      WgmmaShape<Element, Tile::kBlock>::shared(s, q + Layout::k_major_step(step, 64),
+                                                k + Layout::k_major_step(step, Tile::kBlock),
+                                                step != 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ void issue_values(float (&o)[Tile::kValueDim / 2],
+                               const std::uint32_t (&p)[Tile::kBlock / 4], bool accumulate) {
+    using Layout = typename Tile::VTile;
+    const std::uint64_t v = Layout::n_major(shared_.v[v_ring_.index], Tile::kBlock);
+#pragma unroll
+    for (int step = 0; step < Tile::kBlock / 16; ++step) {
+      WgmmaShape<Element, Tile::kValueDim>::registers(o, &p[4 * step],
+                                                      v + Layout::n_major_step(step),
+                                                      step != 0 || accumulate);
+    }
+    wgmma_commit();
+  }
+
+  /// Soft cap and mask. Remembers what the block's values need.
+  __device__ void prepare_scores(float (&s)[Tile::kBlock / 2], int flags) {
+    if constexpr (kSoftCap) {
+#pragma unroll
+      for (float& x : s) x = tanh_exp(x * params_.score_scale);
+    }
+    cut_ = (flags & kCutAtEnd) != 0;
+    if ((flags & kMasked) == 0) return;
+    const BlockNote note = shared_.blocks[k_ring_.index];
+    const TileNote tile = shared_.tiles[q_tile_ % kTileNotes];
+    const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+    RowWindow windows[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int at = local_row + 8 * row;
+      const int query = params_.pack == 1 ? at : at / params_.pack;
+      windows[row] =
+          row_window(note, tile.q_begin + warpgroup_ * params_.warpgroup_queries + query);
+    }
+    mask_scores(s, windows);
+    cut_row_ = note.k_end - note.k_begin;
+  }
+
+  /// Values behind the slice's end belong to others and may be NaN, which 0·NaN would let in.
+  __device__ void clear_values_after_end() {
+    constexpr int kChunks = Tile::VTile::kColumns * 2 / 16;
+    auto* values = reinterpret_cast<uint4*>(shared_.v[v_ring_.index]);
+    const int chunks = (Tile::kBlock - cut_row_) * kChunks;
+    for (int box = 0; box < Tile::kVBoxes; ++box) {
+      for (int i = static_cast<int>(threadIdx.x % 128); i < chunks; i += 128) {
+        values[(box * Tile::kBlock + cut_row_) * kChunks + i] = make_uint4(0, 0, 0, 0);
+      }
+    }
+    fence_async_shared();
+    named_barrier_sync(kFirstTurnBarrier + Tile::kWarpgroups + warpgroup_, 128);
+  }
+
+  /// One arrival a warp: it stands for the warp's reads of the notes as well.
+  __device__ void release(std::uint64_t* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
+  }
+
+  __device__ void release_keys(int flags) {
+    release(&shared_.k_empty[k_ring_.index]);
+    k_ring_.advance();
+    if (flags & kLastOfTile) {
+      release(&shared_.q_empty[q_ring_.index]);
+      q_ring_.advance();
+      ++q_tile_;
+    }
+  }
+
+  __device__ void release_values() {
+    release(&shared_.v_empty[v_ring_.index]);
+    v_ring_.advance();
+  }
+
+  const ForwardParams& params_;
+  SharedTile<Tile>& shared_;
+  const int warpgroup_;
+  Ring<Tile::kStages> k_ring_, v_ring_;
+  Ring<Tile::kQueryBuffers> q_ring_;
+  unsigned q_tile_ = 0;  // whose scores are being computed
+  unsigned tile_ = 0;    // whose output comes next
+  bool cut_ = false;
+  int cut_row_ = 0;
+};
+
+}  // namespace annulus::kernels::sm90

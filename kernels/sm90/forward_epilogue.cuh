@@ -1,0 +1,169 @@
+#pragma once
+
+#include "kernels/sm90/forward_softmax.cuh"
+
+/// End of a tile: merges the carried state, writes state or O and LSE straight from registers.
+namespace annulus::kernels::sm90 {
+
+/// Where one of a thread's two rows goes.
+struct OutputRow {
+  int batch, q, head;
+  bool valid;
+};
+
+__device__ inline OutputRow output_row(const ForwardParams& params, const TileNote& tile,
+                                       int warpgroup, int local_row) {
+  const int query = params.pack == 1 ? local_row : local_row / params.pack;
+  const int q = tile.q_begin + warpgroup * params.warpgroup_queries + query;
+  return {tile.batch, q, tile.unit_head + local_row - query * params.pack,
+          query < params.warpgroup_queries && q < params.seq_q};
+}
+
+__device__ inline std::int64_t offset_of(const RowStrides& strides, const OutputRow& row) {
+  return row.batch * strides.batch + row.q * strides.row + row.head * strides.head;
+}
+
+/// Transposes a 4×4 of words among the four lanes of a quad: lane i ends with column i.
+__device__ inline void transpose_quad(std::uint32_t (&w)[4]) {
+  const bool odd = (threadIdx.x & 1U) != 0;
+  const bool upper = (threadIdx.x & 2U) != 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? w[i] : w[i + 1], 1);
+    if (odd) {
+      w[i] = other;
+    } else {
+      w[i + 1] = other;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffU, upper ? w[i] : w[i + 2], 2);
+    if (upper) {
+      w[i] = other;
+    } else {
+      w[i + 2] = other;
+    }
+  }
+}
+
+/// Writes a row in 16-byte pieces; every lane of a quad takes part.
+template <typename Element, int kCount>
+__device__ inline void store_row(const float (&o)[kCount], int row, float factor, Element* out,
+                                 bool valid) {
+  const int lane = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 16) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int at = i + 4 * j + 2 * row;
+      words[j] = pack_pair<Element>(o[at] * factor, o[at + 1] * factor);
+    }
+    transpose_quad(words);
+    if (valid) {
+      *reinterpret_cast<uint4*>(out + i * 2 + lane * 8) =
+          make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+/// fp32 rows need no exchange: a quad's 32 bytes are a sector.
+template <int kCount>
+__device__ inline void store_row_f32(const float (&o)[kCount], int row, float factor, float* out) {
+  const int lane = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    *reinterpret_cast<float2*>(out + i * 2 + lane * 2) =
+        make_float2(o[i + 2 * row] * factor, o[i + 2 * row + 1] * factor);
+  }
+}
+
+/// o ← o·own + carried·before. A row without keys holds no number worth keeping.
+template <int kCount>
+__device__ inline void add_carried(float (&o)[kCount], int row, float own, float before,
+                                   const float* carried) {
+  const int lane = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float2 c = *reinterpret_cast<const float2*>(carried + i * 2 + lane * 2);
+    float& x = o[i + 2 * row];
+    float& y = o[i + 2 * row + 1];
+    x = (own > 0.0F ? x * own : 0.0F) + (before > 0.0F ? c.x * before : 0.0F);
+    y = (own > 0.0F ? y * own : 0.0F) + (before > 0.0F ? c.y * before : 0.0F);
+  }
+}
+
+template <typename Element, int kCount>
+__device__ inline void finish_row(const ForwardParams& params, float (&o)[kCount], int row,
+                                  float raw_max, float sum, const OutputRow& at) {
+  float max = raw_max * params.exp_scale;  // in powers of two
+  sum = quad_sum(sum);
+  float factor = 1.0F;  // still to be applied to o
+  if (params.resume && at.valid) {
+    const float before_max = params.row_max[offset_of(params.max_strides, at)] * kLog2E;
+    const float before_sum = params.row_sum[offset_of(params.sum_strides, at)];
+    const float both = fmaxf(max, before_max);
+    const float base = both == -INFINITY ? 0.0F : both;
+    const float own = exp2_approx(max - base);
+    const float before = exp2_approx(before_max - base);
+    add_carried(o, row, own, before,
+                params.accumulator + offset_of(params.accumulator_strides, at));
+    sum = sum * own + before_sum * before;
+    max = both;
+  }
+  // A zero sum comes with an accumulator that may hold 0·NaN.
+  bool empty = !(sum > 0.0F) && max == -INFINITY;
+  bool no_values = empty;
+  if (params.sinks != nullptr && at.valid) {
+    const float sink = params.sinks[at.head] * kLog2E;
+    const float both = fmaxf(max, sink);
+    const float base = both == -INFINITY ? 0.0F : both;
+    factor = exp2_approx(max - base);
+    sum = sum * factor + exp2_approx(sink - base);
+    max = both;
+    empty = max == -INFINITY;
+  }
+  if (no_values) {
+#pragma unroll
+    for (int i = 2 * row; i < kCount; i += 4) o[i] = o[i + 1] = 0.0F;
+  }
+  const bool first_lane = threadIdx.x % 4 == 0;
+  if (params.o != nullptr) {
+    const float norm = sum > 0.0F ? __fdividef(factor, sum) : (empty ? 0.0F : factor / sum);
+    if (params.output_f32) {
+      if (at.valid) {
+        store_row_f32(o, row, norm,
+                      static_cast<float*>(params.o) + offset_of(params.o_strides, at));
+      }
+    } else {
+      store_row(o, row, norm, static_cast<Element*>(params.o) + offset_of(params.o_strides, at),
+                at.valid);
+    }
+  } else if (at.valid) {
+    store_row_f32(o, row, factor,
+                  params.accumulator + offset_of(params.accumulator_strides, at));
+    if (first_lane) {
+      params.row_max[offset_of(params.max_strides, at)] = max * kLn2;
+      params.row_sum[offset_of(params.sum_strides, at)] = sum;
+    }
+  }
+  if (params.lse != nullptr && at.valid && first_lane) {
+    params.lse[offset_of(params.lse_strides, at)] =
+        empty ? -INFINITY : (max + __log2f(sum)) * kLn2;
+  }
+}
+
+template <typename Element, int kCount>
+__device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
+                                   float (&o)[kCount], const RowStatistics& rows) {
+  const int local_row =
+      static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const OutputRow at = output_row(params, tile, warpgroup, local_row + 8 * row);
+    finish_row<Element>(params, o, row, rows.max[row], rows.sum[row], at);
+  }
+}
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,135 @@
+#pragma once
+
+#include <cmath>
+
+#include "kernels/sm90/forward_tile.cuh"
+
+/// Online softmax over a warpgroup's accumulator fragments (Milakov & Gimelshein, 2018). A thread
+/// holds rows lane/4 and lane/4 + 8 of its warp's sixteen: element i lies in row (i / 2) % 2 and
+/// column i / 4 * 8 + lane % 4 * 2 + i % 2.
+namespace annulus::kernels::sm90 {
+
+inline constexpr float kLog2E = 1.4426950408889634F;
+inline constexpr float kLn2 = 0.6931471805599453F;
+
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// tanh by two special-function calls; its absolute error stays near 1e-7, which tanh.approx
+/// (2^-11) would multiply by the cap.
+__device__ inline float tanh_exp(float x) {
+  return 1.0F - __fdividef(2.0F, exp2_approx(2.0F * kLog2E * x) + 1.0F);
+}
+
+template <typename Element>
+__device__ inline std::uint32_t pack_pair(float low, float high);
+
+template <>
+__device__ inline std::uint32_t pack_pair<__nv_bfloat16>(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <>
+__device__ inline std::uint32_t pack_pair<__half>(float low, float high) {
+  std::uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+/// Row maximum in raw scores; row sum of this thread's columns alone until it is reduced.
+struct RowStatistics {
+  float max[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0F, 0.0F};
+};
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 2));
+}
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffU, x, 1);
+  return x + __shfl_xor_sync(0xffffffffU, x, 2);
+}
+
+/// Columns [begin, begin + count) of the block that a row may see.
+struct RowWindow {
+  int begin = 0;
+  unsigned count = 0;
+};
+
+__device__ inline RowWindow row_window(const BlockNote& note, int q) {
+  if (q < note.q_begin || q >= note.q_end) return {};
+  const int begin = max(note.k_first, q + note.lo) - note.k_begin;
+  const int end = min(note.k_end, q + note.hi + 1) - note.k_begin;
+  return {begin, static_cast<unsigned>(max(end - begin, 0))};
+}
+
+template <int kCount>
+__device__ inline void mask_scores(float (&s)[kCount], const RowWindow (&windows)[2]) {
+  const int column = static_cast<int>(threadIdx.x % 4) * 2;
+  const int shift[2] = {column - windows[0].begin, column - windows[1].begin};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int row = (i / 2) % 2;
+    const unsigned offset = static_cast<unsigned>(i / 4 * 8 + i % 2 + shift[row]);
+    if (offset >= windows[row].count) s[i] = -INFINITY;
+  }
+}
+
+/// Turns scores into exp2(exp_scale·(s − max)), updates the statistics and returns the factors
+/// that earlier partial sums need.
+template <int kCount>
+__device__ inline void softmax_step(float (&s)[kCount], RowStatistics& rows, float exp_scale,
+                                    float (&factor)[2]) {
+  float scaled_max[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    // Two chains a row hide the latency of a dependent maximum.
+    float even = fmaxf(rows.max[row], s[2 * row]), odd = s[2 * row + 1];
+#pragma unroll
+    for (int i = 4; i < kCount; i += 4) {
+      even = fmaxf(even, s[i + 2 * row]);
+      odd = fmaxf(odd, s[i + 2 * row + 1]);
+    }
+    const float now = quad_max(fmaxf(even, odd));
+    scaled_max[row] = now == -INFINITY ? 0.0F : now * exp_scale;
+    factor[row] = exp2_approx(fmaf(rows.max[row], exp_scale, -scaled_max[row]));
+    rows.max[row] = now;
+    rows.sum[row] *= factor[row];
+  }
+  float partial[2] = {0.0F, 0.0F};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int row = (i / 2) % 2;
+    s[i] = exp2_approx(fmaf(s[i], exp_scale, -scaled_max[row]));
+    if (i % 2 == 0) {
+      rows.sum[row] += s[i];
+    } else {
+      partial[row] += s[i];
+    }
+  }
+  rows.sum[0] += partial[0];
+  rows.sum[1] += partial[1];
+}
+
+/// Accumulator layout to the layout of wgmma's A operand: a re-pairing inside each thread.
+template <typename Element, int kCount>
+__device__ inline void pack_probabilities(const float (&s)[kCount],
+                                          std::uint32_t (&p)[kCount / 2]) {
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) p[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
+}
+
+template <int kCount>
+__device__ inline void scale_rows(float (&o)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] *= factor[(i / 2) % 2];
+}
+
+}  // namespace annulus::kernels::sm90

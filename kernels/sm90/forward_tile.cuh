@@ -1,0 +1,82 @@
+#pragma once
+
+#include "kernels/sm90/forward_params.hpp"
+#include "kernels/sm90/wgmma.cuh"
+
+/// Shape of the forward kernel's tile and its shared memory.
+namespace annulus::kernels::sm90 {
+
+template <typename Element_, int kHeadDim_, int kValueDim_, int kWarpgroups_, int kBlock_,
+          int kStages_, int kQueryBuffers_, bool kPingPong_>
+struct ForwardTile {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;  // consumers, 64 rows each
+  static constexpr int kBlock = kBlock_;            // keys at a time
+  static constexpr int kStages = kStages_;
+  static constexpr int kQueryBuffers = kQueryBuffers_;
+  static constexpr bool kPingPong = kPingPong_;
+  static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
+
+  using QkTile = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
+  using VTile = SwizzledTile<kValueDim % 64 == 0 ? 128 : 64>;
+  static constexpr int kQkBoxes = kHeadDim / QkTile::kColumns;
+  static constexpr int kVBoxes = kValueDim / VTile::kColumns;
+};
+
+enum BlockFlag : int {
+  kFirstOfTile = 1,
+  kLastOfTile = 2,
+  kMasked = 4,
+  kCutAtEnd = 8,  // keys of another slice's range follow in the block
+  kEndOfWork = 16,
+};
+
+/// What the producer tells the consumers about one block of keys. Since only the producer walks
+/// the slices, the two sides cannot disagree on which blocks exist.
+struct BlockNote {
+  std::int32_t flags, k_begin, lo, hi;
+  std::int32_t q_begin, q_end, k_first, k_end;
+};
+
+struct TileNote {
+  std::int32_t q_begin, unit_head, batch, reserved;
+};
+
+/// A tile's note is read until its rows are written, one tile after its Q buffer was released.
+inline constexpr int kTileNotes = 4;
+
+template <typename Tile>
+struct SharedTile {
+  using Element = typename Tile::Element;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kBuffers = Tile::kQueryBuffers;
+
+  alignas(1024) Element q[kBuffers][Tile::kWarpgroups][64 * Tile::kHeadDim];
+  alignas(1024) Element k[kStages][Tile::kBlock * Tile::kHeadDim];
+  alignas(1024) Element v[kStages][Tile::kBlock * Tile::kValueDim];
+  alignas(16) BlockNote blocks[kStages];
+  alignas(16) TileNote tiles[kTileNotes];
+  std::uint64_t q_full[kBuffers], q_empty[kBuffers];
+  std::uint64_t k_full[kStages], k_empty[kStages];
+  std::uint64_t v_full[kStages], v_empty[kStages];
+};
+
+/// Position in a ring of barriers; the parity flips at each turn.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  std::uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace annulus::kernels::sm90

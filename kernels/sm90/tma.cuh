@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/sm90/mbarrier.cuh"
+
+/// Bulk tensor copies from global to shared memory (PTX ISA, "cp.async.bulk.tensor").
+namespace annulus::kernels::sm90 {
+
+/// L2 eviction policies, in the encoding of createpolicy.fractional at fraction 1.
+enum class CachePolicy : std::uint64_t {
+  evict_first = 0x12F0000000000000,
+  evict_last = 0x14F0000000000000,
+};
+
+__device__ inline void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/// Box at (column, row, head, batch); elements outside the tensor arrive as zeros.
+__device__ inline void tma_load(void* destination, const CUtensorMap* map, std::uint64_t* barrier,
+                                CachePolicy policy, int column, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
+      "l"(static_cast<std::uint64_t>(policy))
+      : "memory");
+}
+
+/// The same with a rank of five: (column, head in pack, row, pack, batch).
+__device__ inline void tma_load(void* destination, const CUtensorMap* map, std::uint64_t* barrier,
+                                CachePolicy policy, int column, int head, int row, int pack,
+                                int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(
+          shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(row), "r"(pack),
+      "r"(batch), "l"(static_cast<std::uint64_t>(policy))
+      : "memory");
+}
+
+}  // namespace annulus::kernels::sm90

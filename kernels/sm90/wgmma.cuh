@@ -1,0 +1,65 @@
+#pragma once
+
+#include "kernels/sm90/mbarrier.cuh"
+#include "kernels/sm90/wgmma_shapes.cuh"
+
+/// Warpgroup matrix multiplication (PTX ISA, "wgmma"): operands, ordering, waiting.
+namespace annulus::kernels::sm90 {
+
+/// A tile in shared memory as the copy engine leaves it: boxes of kSwizzle bytes of columns, each
+/// box [rows][kSwizzle bytes] with 16-byte chunks permuted within groups of eight rows.
+template <int kSwizzle>
+struct SwizzledTile {
+  static_assert(kSwizzle == 128 || kSwizzle == 64);
+  static constexpr int kColumns = kSwizzle / 2;
+  static constexpr std::uint64_t kMode = kSwizzle == 128 ? 1 : 2;
+
+  __device__ static std::uint64_t descriptor(const void* tile, int leading_bytes) {
+    const std::uint64_t address = shared_address(tile);
+    return (address >> 4) | (static_cast<std::uint64_t>(leading_bytes >> 4) << 16) |
+           (static_cast<std::uint64_t>(8 * kSwizzle >> 4) << 32) | (kMode << 62);
+  }
+
+  /// Contraction over columns (Q, K): the leading offset is not used.
+  __device__ static std::uint64_t k_major(const void* tile) { return descriptor(tile, 16); }
+  /// Contraction over rows (V): the leading offset leads from one box to the next.
+  __device__ static std::uint64_t n_major(const void* tile, int rows) {
+    return descriptor(tile, rows * kSwizzle);
+  }
+  /// Descriptor steps for 16 columns (k-major) and for 16 rows (n-major), in units of 16 bytes.
+  __host__ __device__ static constexpr int k_major_step(int step, int rows) {
+    constexpr int kStepsPerBox = kColumns / 16;
+    return ((step / kStepsPerBox) * rows * kSwizzle + (step % kStepsPerBox) * 32) >> 4;
+  }
+  __host__ __device__ static constexpr int n_major_step(int step) {
+    return (step * 16 * kSwizzle) >> 4;
+  }
+};
+
+/// Before the first wgmma that uses registers which ordinary instructions wrote.
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/// Waits until at most kPending committed groups are in flight.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+/// Keeps the compiler from moving uses of an accumulator over a wait.
+template <int kCount>
+__device__ inline void pin_registers(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int kCount>
+__device__ inline void pin_registers(std::uint32_t (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
+}  // namespace annulus::kernels::sm90
