@@ -32,15 +32,15 @@ class ForwardConsumer {
     if (flags & kEndOfWork) return;
     start_tile(flags, s, p, rows);
     bool first_of_tile = true;  // of the block whose probabilities p holds
-    while (true) {
-      flags = await_keys();
-      if (flags & kEndOfWork) break;
+    flags = await_keys();
+    while ((flags & kEndOfWork) == 0) {
       if constexpr (Tile::kQueryBuffers == 1) {
         if (flags & kFirstOfTile) {
           end_tile(o, p, rows, first_of_tile);
           rows = {};
           start_tile(flags, s, p, rows);
           first_of_tile = true;
+          flags = await_keys();
           continue;
         }
       }
@@ -50,17 +50,20 @@ class ForwardConsumer {
       issue_scores(s);
       mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
       if (cut_) clear_values_after_end();
+      wgmma_fence();
       issue_values(o, p, !first_of_tile);
       pass_turn();
 
       wgmma_wait<1>();
       pin_registers(s);
       prepare_scores(s, flags);
-      release_keys(flags);
+      release_keys();
       const RowStatistics done = rows;
       if (flags & kFirstOfTile) rows = {};
       softmax_step(s, rows, params_.exp_scale, factor);
-
+      pin_registers(s);
+      release_queries(flags);
+      const int next_flags = await_keys();  // early: its latency passes under P·V
       wgmma_wait<0>();
       pin_registers(o);
       pin_registers(p);
@@ -73,6 +76,7 @@ class ForwardConsumer {
       }
       pack_probabilities<Element>(s, p);
       first_of_tile = (flags & kFirstOfTile) != 0;
+      flags = next_flags;
     }
     end_tile(o, p, rows, first_of_tile);
   }
@@ -105,9 +109,10 @@ class ForwardConsumer {
     wgmma_wait<0>();
     pin_registers(s);
     prepare_scores(s, flags);
-    release_keys(flags);
+    release_keys();
     float factor[2];
     softmax_step(s, rows, params_.exp_scale, factor);
+    release_queries(flags);
     pack_probabilities<Element>(s, p);
   }
 
@@ -155,7 +160,7 @@ class ForwardConsumer {
   __device__ void prepare_scores(float (&s)[Tile::kBlock / 2], int flags) {
     if constexpr (kSoftCap) {
 #pragma unroll
-      for (float& x : s) x = tanh_exp(x * params_.score_scale);
+      for (int i = 0; i < Tile::kBlock / 2; ++i) s[i] = tanh_exp(s[i] * params_.score_scale);
     }
     cut_ = (flags & kCutAtEnd) != 0;
     if ((flags & kMasked) == 0) return;
@@ -194,14 +199,18 @@ class ForwardConsumer {
     if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
   }
 
-  __device__ void release_keys(int flags) {
+  __device__ void release_keys() {
     release(&shared_.k_empty[k_ring_.index]);
     k_ring_.advance();
-    if (flags & kLastOfTile) {
-      release(&shared_.q_empty[q_ring_.index]);
-      q_ring_.advance();
-      ++q_tile_;
-    }
+  }
+
+  /// Stands between softmax and the wait for P·V on purpose: the assembler hoists that wait over
+  /// arithmetic, and the exponentials would start only after P·V, but not over a branch.
+  __device__ void release_queries(int flags) {
+    if ((flags & kLastOfTile) == 0) return;
+    release(&shared_.q_empty[q_ring_.index]);
+    q_ring_.advance();
+    ++q_tile_;
   }
 
   __device__ void release_values() {

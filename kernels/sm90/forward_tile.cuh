@@ -18,8 +18,12 @@ struct ForwardTile {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kPingPong = kPingPong_;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  // A block gets 168 registers a thread with 384 threads and 128 with 512: what the producer gives
+  // up is all that the consumers can get, and asking for more waits for ever.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                (kWarpgroups == 2 ? 168 * 3 : 128 * 4));
 
   using QkTile = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
   using VTile = SwizzledTile<kValueDim % 64 == 0 ? 128 : 64>;

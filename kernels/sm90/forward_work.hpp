@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/sm90/forward_launch.hpp"
+
+namespace annulus::kernels::sm90 {
+
+/// The tiles of a launch and the slices that meet each, longest first. Pure host arithmetic.
+struct ForwardWork {
+  std::vector<TileSlice> slices;
+  std::vector<TileEntry> entries;  // empty: `tiles` equal tiles which all meet every slice
+  std::int32_t tiles = 0;
+  bool last_tile_first = false;
+  bool per_batch = false;  // entries name their batch row
+
+  std::int32_t rows() const {
+    return entries.empty() ? tiles : static_cast<std::int32_t>(entries.size());
+  }
+};
+
+ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
+                         std::int64_t seq_q, std::int32_t tile_queries);
+
+}  // namespace annulus::kernels::sm90

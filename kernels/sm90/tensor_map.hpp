@@ -1,0 +1,27 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <cstdint>
+
+#include "kernels/types.hpp"
+
+namespace annulus::kernels::sm90 {
+
+/// One dimension of a tensor as the copy engine sees it; strides in elements.
+struct MapDim {
+  std::int64_t extent;
+  std::int64_t stride;
+  int box;
+};
+
+/// Map of a 16-bit tensor, innermost dimension first (its stride is 1), with boxes swizzled over
+/// their inner width of 64 or 128 bytes. Throws bad_data with the extents and strides refused.
+template <std::size_t kRank>
+CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapDim, kRank>& dims);
+
+extern template CUtensorMap make_tensor_map<4>(const void*, DType, const std::array<MapDim, 4>&);
+extern template CUtensorMap make_tensor_map<5>(const void*, DType, const std::array<MapDim, 5>&);
+
+}  // namespace annulus::kernels::sm90
