@@ -18,10 +18,22 @@ class ForwardConsumer {
   using Element = typename Tile::Element;
 
   __device__ ForwardConsumer(const ForwardParams& params, SharedTile<Tile>& shared, int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup) {}
+      : params_(params), shared_(shared), warpgroup_(warpgroup), 
+        headroom_(fminf(kHeadroom / params.exp_scale, 1e30F)) {}
 
   __device__ void run() {
     if (Tile::kPingPong && warpgroup_ == Tile::kWarpgroups - 1) pass_turn();
+    if constexpr (Tile::kOverlap) {
+      run_overlapped();
+    } else {
+      run_serial();
+    }
+  }
+
+ private:
+  static constexpr int kTurnThreads = 256;
+
+  __device__ void run_overlapped() {
     float s[Tile::kBlock / 2];
     float o[Tile::kValueDim / 2];
     std::uint32_t p[Tile::kBlock / 4];
@@ -49,7 +61,7 @@ class ForwardConsumer {
       wgmma_fence();
       issue_scores(s);
       mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-      if (cut_) clear_values_after_end();
+      if (cut_) [[unlikely]] clear_values_after_end();
       wgmma_fence();
       issue_values(o, p, !first_of_tile);
       pass_turn();
@@ -60,7 +72,7 @@ class ForwardConsumer {
       release_keys();
       const RowStatistics done = rows;
       if (flags & kFirstOfTile) rows = {};
-      softmax_step(s, rows, params_.exp_scale, factor);
+      const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
       pin_registers(s);
       release_queries(flags);
       const int next_flags = await_keys();  // early: its latency passes under P·V
@@ -68,10 +80,10 @@ class ForwardConsumer {
       pin_registers(o);
       pin_registers(p);
       release_values();
-      if (flags & kFirstOfTile) {
+      if (flags & kFirstOfTile) [[unlikely]] {
         finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, done);
         ++tile_;
-      } else {
+      } else if (renewed) [[unlikely]] {
         scale_rows(o, factor);
       }
       pack_probabilities<Element>(s, p);
@@ -81,8 +93,51 @@ class ForwardConsumer {
     end_tile(o, p, rows, first_of_tile);
   }
 
- private:
-  static constexpr int kTurnThreads = 256;
+  /// One product at a time: P takes the registers of S, which leaves room for three warpgroups and
+  /// so for tiles of 192 rows, whose keys cost a third less L2 traffic. The others fill the gaps.
+  __device__ void run_serial() {
+    float s[Tile::kBlock / 2];
+    float o[Tile::kValueDim / 2];
+    std::uint32_t p[Tile::kBlock / 4];
+    float factor[2];
+    RowStatistics rows;
+
+    int flags = await_keys();
+    while ((flags & kEndOfWork) == 0) {
+      const bool first = (flags & kFirstOfTile) != 0;
+      if (first) {
+        mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+        rows = {};
+      }
+      await_turn();
+      wgmma_fence();
+      issue_scores(s);
+      pass_turn();
+      wgmma_wait<0>();
+      pin_registers(s);
+      prepare_scores(s, flags);
+      release_keys();
+      const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
+      if (renewed && !first) [[unlikely]] scale_rows(o, factor);
+      pack_probabilities<Element>(s, p);
+      release_queries(flags);
+
+      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      if (cut_) [[unlikely]] clear_values_after_end();
+      wgmma_fence();
+      issue_values(o, p, !first);
+      const int next_flags = await_keys();
+      wgmma_wait<0>();
+      pin_registers(o);
+      pin_registers(p);
+      release_values();
+      if (flags & kLastOfTile) [[unlikely]] {
+        finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, rows);
+        ++tile_;
+      }
+      flags = next_flags;
+    }
+  }
 
   __device__ void await_turn() {
     if constexpr (Tile::kPingPong) named_barrier_sync(kFirstTurnBarrier + warpgroup_, kTurnThreads);
@@ -111,7 +166,7 @@ class ForwardConsumer {
     prepare_scores(s, flags);
     release_keys();
     float factor[2];
-    softmax_step(s, rows, params_.exp_scale, factor);
+    softmax_step(s, rows, params_.exp_scale, headroom_, factor);
     release_queries(flags);
     pack_probabilities<Element>(s, p);
   }
@@ -119,7 +174,7 @@ class ForwardConsumer {
   __device__ void end_tile(float (&o)[Tile::kValueDim / 2], std::uint32_t (&p)[Tile::kBlock / 4],
                            const RowStatistics& rows, bool first_of_tile) {
     mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-    if (cut_) clear_values_after_end();
+    if (cut_) [[unlikely]] clear_values_after_end();
     wgmma_fence();
     issue_values(o, p, !first_of_tile);
     wgmma_wait<0>();
@@ -163,7 +218,7 @@ class ForwardConsumer {
       for (int i = 0; i < Tile::kBlock / 2; ++i) s[i] = tanh_exp(s[i] * params_.score_scale);
     }
     cut_ = (flags & kCutAtEnd) != 0;
-    if ((flags & kMasked) == 0) return;
+    if ((flags & kMasked) == 0) [[likely]] return;
     const BlockNote note = shared_.blocks[k_ring_.index];
     const TileNote tile = shared_.tiles[q_tile_ % kTileNotes];
     const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
@@ -221,6 +276,7 @@ class ForwardConsumer {
   const ForwardParams& params_;
   SharedTile<Tile>& shared_;
   const int warpgroup_;
+  const float headroom_;  // in raw scores
   Ring<Tile::kStages> k_ring_, v_ring_;
   Ring<Tile::kQueryBuffers> q_ring_;
   unsigned q_tile_ = 0;  // whose scores are being computed

@@ -13,14 +13,11 @@ class ForwardProducer {
       : params_(params), shared_(shared) {}
 
   __device__ void run() {
-    int ticket = static_cast<int>(blockIdx.x);
-    while (ticket < params_.tickets) {
-      // Taken early: the answer is needed only after this tile.
-      const unsigned taken = atomicAdd(params_.ticket, 1U);
-      load_tile(ticket);
-      // The launch takes `tickets` tickets in all, one of them failing for each block.
-      if (taken == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;
-      ticket = static_cast<int>(gridDim.x + taken);
+    next_ = decode(static_cast<int>(blockIdx.x));
+    while (next_.ticket < params_.tickets) {
+      // Taken early: the answer is needed only at this tile's last block.
+      taken_ = atomicAdd(params_.ticket, 1U);
+      load_tile(next_);
     }
     announce_end();
   }
@@ -29,10 +26,18 @@ class ForwardProducer {
   struct Work {
     int q_begin, q_last, batch, pack_index, kv_head;
     int slice_begin, slice_end;
+    int ticket, blocks;
   };
   struct Keys {
     int k_begin = 0, kv_head = 0, batch = 0, segment = -1;
   };
+
+  /// Before a tile's last block, while the ring is full: between two tiles it would hold up loads.
+  __device__ void decode_next() {
+    // The launch takes `tickets` tickets in all, one of them failing for each block.
+    if (taken_ == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;
+    next_ = decode(static_cast<int>(gridDim.x + taken_));
+  }
 
   __device__ Work decode(int ticket) const {
     const int section_tickets = params_.section_units * params_.entries;
@@ -45,6 +50,9 @@ class ForwardProducer {
 
     constexpr int kWarpgroups = Tile::kWarpgroups;
     Work work;
+    work.ticket = ticket;
+    work.blocks = 0;
+    if (ticket >= params_.tickets) return work;
     int batch = -1;
     if (params_.entry_table != nullptr) {
       const TileEntry row = params_.entry_table[entry];
@@ -64,6 +72,7 @@ class ForwardProducer {
         min(work.q_begin + kWarpgroups * params_.warpgroup_queries, params_.seq_q) - 1;
     work.kv_head =
         (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
+    work.blocks = count_blocks(work);
     return work;
   }
 
@@ -88,12 +97,12 @@ class ForwardProducer {
     return blocks;
   }
 
-  __device__ void load_tile(int ticket) {
-    const Work work = decode(ticket);
-    int remaining = count_blocks(work);
+  __device__ void load_tile(const Work work) {
+    int remaining = work.blocks;
     load_queries(work);
     first_ = kFirstOfTile;
     if (remaining == 0) {  // rows without keys still get their O = 0 and LSE = -inf
+      decode_next();
       load_block(work, TileSlice{}, 0, kLastOfTile);
       return;
     }
@@ -104,7 +113,8 @@ class ForwardProducer {
       await_segment(s.segment);
       for (int k = keys.x + (keys.y - keys.x - 1) / Tile::kBlock * Tile::kBlock; k >= keys.x;
            k -= Tile::kBlock) {
-        load_block(work, s, k, --remaining == 0 ? kLastOfTile : 0);
+        if (--remaining == 0) decode_next();
+        load_block(work, s, k, remaining == 0 ? kLastOfTile : 0);
       }
     }
   }
@@ -196,6 +206,8 @@ class ForwardProducer {
   Ring<Tile::kStages> k_ring_, v_ring_;
   Ring<Tile::kQueryBuffers> q_ring_;
   Keys pending_;
+  Work next_;
+  unsigned taken_ = 0;
   unsigned tile_ = 0;
   unsigned seen_ready_ = 0;
   int first_ = 0;

@@ -41,7 +41,8 @@ __device__ inline std::uint32_t pack_pair<__half>(float low, float high) {
   return packed;
 }
 
-/// Row maximum in raw scores; row sum of this thread's columns alone until it is reduced.
+/// The maximum in use, in raw scores (the true one may be larger by the headroom), and the row sum
+/// of this thread's columns alone.
 struct RowStatistics {
   float max[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0F, 0.0F};
@@ -82,26 +83,50 @@ __device__ inline void mask_scores(float (&s)[kCount], const RowWindow (&windows
   }
 }
 
-/// Turns scores into exp2(exp_scale·(s − max)), updates the statistics and returns the factors
-/// that earlier partial sums need.
+/// How far scores may grow over the maximum in use before it is renewed, in powers of two: P then
+/// reaches 2^8, which every 16-bit type and the fp32 sums hold without loss.
+inline constexpr float kHeadroom = 8.0F;
+
+/// Maxima of the block alone, over a quad's columns.
 template <int kCount>
-__device__ inline void softmax_step(float (&s)[kCount], RowStatistics& rows, float exp_scale,
-                                    float (&factor)[2]) {
-  float scaled_max[2];
+__device__ inline void block_maxima(const float (&s)[kCount], float (&block_max)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     // Two chains a row hide the latency of a dependent maximum.
-    float even = fmaxf(rows.max[row], s[2 * row]), odd = s[2 * row + 1];
+    float even = s[2 * row], odd = s[2 * row + 1];
 #pragma unroll
     for (int i = 4; i < kCount; i += 4) {
       even = fmaxf(even, s[i + 2 * row]);
       odd = fmaxf(odd, s[i + 2 * row + 1]);
     }
-    const float now = quad_max(fmaxf(even, odd));
-    scaled_max[row] = now == -INFINITY ? 0.0F : now * exp_scale;
-    factor[row] = exp2_approx(fmaf(rows.max[row], exp_scale, -scaled_max[row]));
-    rows.max[row] = now;
-    rows.sum[row] *= factor[row];
+    block_max[row] = quad_max(fmaxf(even, odd));
+  }
+}
+
+/// Turns scores into exp2(exp_scale·(s − max)) and adds them up. Returns whether some row of the
+/// warp renewed its maximum: `factor` then holds what earlier sums must be multiplied by. With
+/// headroom that is rare after a tile's first blocks, and the multiplications of O are saved.
+template <int kCount>
+__device__ inline bool softmax_step(float (&s)[kCount], RowStatistics& rows, float exp_scale,
+                                    float headroom, float (&factor)[2]) {
+  float block_max[2];
+  block_maxima(s, block_max);
+  const bool grown = block_max[0] > rows.max[0] + headroom || block_max[1] > rows.max[1] + headroom;
+  const bool renewed = __any_sync(0xffffffffU, grown);
+  if (renewed) [[unlikely]] {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float now = fmaxf(rows.max[row], block_max[row]);
+      const float base = now == -INFINITY ? 0.0F : now;
+      factor[row] = exp2_approx((rows.max[row] - base) * exp_scale);
+      rows.max[row] = now;
+      rows.sum[row] *= factor[row];
+    }
+  }
+  float scaled_max[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    scaled_max[row] = rows.max[row] == -INFINITY ? 0.0F : rows.max[row] * exp_scale;
   }
   float partial[2] = {0.0F, 0.0F};
 #pragma unroll
@@ -116,6 +141,7 @@ __device__ inline void softmax_step(float (&s)[kCount], RowStatistics& rows, flo
   }
   rows.sum[0] += partial[0];
   rows.sum[1] += partial[1];
+  return renewed;
 }
 
 /// Accumulator layout to the layout of wgmma's A operand: a re-pairing inside each thread.

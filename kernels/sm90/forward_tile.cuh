@@ -7,7 +7,7 @@
 namespace annulus::kernels::sm90 {
 
 template <typename Element_, int kHeadDim_, int kValueDim_, int kWarpgroups_, int kBlock_,
-          int kStages_, int kQueryBuffers_, bool kPingPong_>
+          int kStages_, int kQueryBuffers_, bool kPingPong_, bool kOverlap_ = true>
 struct ForwardTile {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -16,7 +16,8 @@ struct ForwardTile {
   static constexpr int kBlock = kBlock_;            // keys at a time
   static constexpr int kStages = kStages_;
   static constexpr int kQueryBuffers = kQueryBuffers_;
-  static constexpr bool kPingPong = kPingPong_;
+  static constexpr bool kPingPong = kPingPong_;  // the warpgroups issue in turns
+  static constexpr bool kOverlap = kOverlap_;    // softmax runs beside the block before's P·V
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
   // A block gets 168 registers a thread with 384 threads and 128 with 512: what the producer gives
   // up is all that the consumers can get, and asking for more waits for ever.
