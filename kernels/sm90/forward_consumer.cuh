@@ -18,7 +18,9 @@ class ForwardConsumer {
   using Element = typename Tile::Element;
 
   __device__ ForwardConsumer(const ForwardParams& params, SharedTile<Tile>& shared, int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup), 
+      : params_(params),
+        shared_(shared),
+        warpgroup_(warpgroup),
         headroom_(fminf(kHeadroom / params.exp_scale, 1e30F)) {}
 
   __device__ void run() {
@@ -61,7 +63,8 @@ class ForwardConsumer {
       wgmma_fence();
       issue_scores(s);
       mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-      if (cut_) [[unlikely]] clear_values_after_end();
+      if (cut_) [[unlikely]]
+        clear_values_after_end();
       wgmma_fence();
       issue_values(o, p, !first_of_tile);
       pass_turn();
@@ -118,12 +121,14 @@ class ForwardConsumer {
       prepare_scores(s, flags);
       release_keys();
       const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
-      if (renewed && !first) [[unlikely]] scale_rows(o, factor);
+      if (renewed && !first) [[unlikely]]
+        scale_rows(o, factor);
       pack_probabilities<Element>(s, p);
       release_queries(flags);
 
       mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-      if (cut_) [[unlikely]] clear_values_after_end();
+      if (cut_) [[unlikely]]
+        clear_values_after_end();
       wgmma_fence();
       issue_values(o, p, !first);
       const int next_flags = await_keys();
@@ -174,7 +179,8 @@ class ForwardConsumer {
   __device__ void end_tile(float (&o)[Tile::kValueDim / 2], std::uint32_t (&p)[Tile::kBlock / 4],
                            const RowStatistics& rows, bool first_of_tile) {
     mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-    if (cut_) [[unlikely]] clear_values_after_end();
+    if (cut_) [[unlikely]]
+      clear_values_after_end();
     wgmma_fence();
     issue_values(o, p, !first_of_tile);
     wgmma_wait<0>();
@@ -204,9 +210,8 @@ class ForwardConsumer {
     const std::uint64_t v = Layout::n_major(shared_.v[v_ring_.index], Tile::kBlock);
 #pragma unroll
     for (int step = 0; step < Tile::kBlock / 16; ++step) {
-      WgmmaShape<Element, Tile::kValueDim>::registers(o, &p[4 * step],
-                                                      v + Layout::n_major_step(step),
-                                                      step != 0 || accumulate);
+      WgmmaShape<Element, Tile::kValueDim>::registers(
+          o, &p[4 * step], v + Layout::n_major_step(step), step != 0 || accumulate);
     }
     wgmma_commit();
   }
@@ -218,7 +223,8 @@ class ForwardConsumer {
       for (int i = 0; i < Tile::kBlock / 2; ++i) s[i] = tanh_exp(s[i] * params_.score_scale);
     }
     cut_ = (flags & kCutAtEnd) != 0;
-    if ((flags & kMasked) == 0) [[likely]] return;
+    if ((flags & kMasked) == 0) [[likely]]
+      return;
     const BlockNote note = shared_.blocks[k_ring_.index];
     const TileNote tile = shared_.tiles[q_tile_ % kTileNotes];
     const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);

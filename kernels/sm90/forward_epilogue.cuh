@@ -141,24 +141,21 @@ __device__ inline void finish_row(const ForwardParams& params, float (&o)[kCount
                 at.valid);
     }
   } else if (at.valid) {
-    store_row_f32(o, row, factor,
-                  params.accumulator + offset_of(params.accumulator_strides, at));
+    store_row_f32(o, row, factor, params.accumulator + offset_of(params.accumulator_strides, at));
     if (first_lane) {
       params.row_max[offset_of(params.max_strides, at)] = max * kLn2;
       params.row_sum[offset_of(params.sum_strides, at)] = sum;
     }
   }
   if (params.lse != nullptr && at.valid && first_lane) {
-    params.lse[offset_of(params.lse_strides, at)] =
-        empty ? -INFINITY : (max + __log2f(sum)) * kLn2;
+    params.lse[offset_of(params.lse_strides, at)] = empty ? -INFINITY : (max + __log2f(sum)) * kLn2;
   }
 }
 
 template <typename Element, int kCount>
 __device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
                                    float (&o)[kCount], const RowStatistics& rows) {
-  const int local_row =
-      static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+  const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const OutputRow at = output_row(params, tile, warpgroup, local_row + 8 * row);

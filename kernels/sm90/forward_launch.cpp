@@ -13,7 +13,8 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr int kRows = 64;                                   // of a warpgroup
+constexpr int kRows = 64;             // of a warpgroup
+constexpr double kWideKeys = 3072.0;  // a tile that meets fewer is better narrow (measured)
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of keys and values in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -35,9 +36,8 @@ RowStrides head_strides(const TensorView& view) {
 /// How many query heads of a group share a tile: all (at most 64 of them) where that fills the
 /// tiles' rows better by more than a tenth.
 std::int32_t choose_pack(const AttentionProblem& problem, int warpgroups) {
-  const std::int64_t group = problem.groups.group_size > 0
-                                 ? problem.groups.group_size
-                                 : problem.q_heads() / problem.kv_heads();
+  const std::int64_t group = problem.groups.group_size > 0 ? problem.groups.group_size
+                                                           : problem.q_heads() / problem.kv_heads();
   if (group == 1 || problem.q_heads() % group != 0 || problem.groups.q_head_offset % group != 0) {
     return 1;
   }
@@ -53,20 +53,18 @@ std::int32_t choose_pack(const AttentionProblem& problem, int warpgroups) {
 }
 
 CUtensorMap query_map(const ConstTensorView& q, std::int32_t pack, const ForwardVariant& variant) {
-  return make_tensor_map<5>(q.data, q.dtype,
-                            {MapDim{q.shape[3], 1, variant.qk_columns},
-                             MapDim{pack, q.strides[2], pack},
-                             MapDim{q.shape[1], q.strides[1], kRows / pack},
-                             MapDim{q.shape[2] / pack, q.strides[2] * pack, 1},
-                             MapDim{q.shape[0], q.strides[0], 1}});
+  return make_tensor_map<5>(
+      q.data, q.dtype,
+      {MapDim{q.shape[3], 1, variant.qk_columns}, MapDim{pack, q.strides[2], pack},
+       MapDim{q.shape[1], q.strides[1], kRows / pack},
+       MapDim{q.shape[2] / pack, q.strides[2] * pack, 1}, MapDim{q.shape[0], q.strides[0], 1}});
 }
 
 CUtensorMap key_map(const ConstTensorView& kv, int columns, int block) {
-  return make_tensor_map<4>(kv.data, kv.dtype,
-                            {MapDim{kv.shape[3], 1, columns},
-                             MapDim{kv.shape[1], kv.strides[1], block},
-                             MapDim{kv.shape[2], kv.strides[2], 1},
-                             MapDim{kv.shape[0], kv.strides[0], 1}});
+  return make_tensor_map<4>(
+      kv.data, kv.dtype,
+      {MapDim{kv.shape[3], 1, columns}, MapDim{kv.shape[1], kv.strides[1], block},
+       MapDim{kv.shape[2], kv.strides[2], 1}, MapDim{kv.shape[0], kv.strides[0], 1}});
 }
 
 void set_segments(ForwardParams& params, std::span<const ForwardSegment> segments,
@@ -126,11 +124,10 @@ class DeviceWork {
     entries = reinterpret_cast<TileEntry*>(static_cast<char*>(data_) + slice_bytes);
     slices = static_cast<TileSlice*>(data_);
     // From pageable memory: both copies have read their source when they return.
-    ANNULUS_CHECK_CUDA(cudaMemcpyAsync(data_, work.slices.data(), slice_bytes,
-                                       cudaMemcpyHostToDevice, stream));
-    ANNULUS_CHECK_CUDA(cudaMemcpyAsync(static_cast<char*>(data_) + slice_bytes,
-                                       work.entries.data(), entry_bytes, cudaMemcpyHostToDevice,
-                                       stream));
+    ANNULUS_CHECK_CUDA(
+        cudaMemcpyAsync(data_, work.slices.data(), slice_bytes, cudaMemcpyHostToDevice, stream));
+    ANNULUS_CHECK_CUDA(cudaMemcpyAsync(static_cast<char*>(data_) + slice_bytes, work.entries.data(),
+                                       entry_bytes, cudaMemcpyHostToDevice, stream));
   }
   ~DeviceWork() {
     if (data_ != nullptr) cudaFreeAsync(data_, stream_);
@@ -161,20 +158,28 @@ void set_tickets(ForwardParams& params, const ForwardWork& work, const Attention
       work.per_batch ? params.packs : narrow(std::int64_t{params.packs} * problem.batch());
   const std::int64_t bytes =
       std::max<std::int64_t>(keys * (problem.head_dim() + problem.value_dim()) * 2, 1);
-  const std::int64_t units_per_kv_head =
-      std::max<std::int64_t>(1, params.group_size / params.pack);
-  params.section_units = static_cast<std::int32_t>(std::clamp<std::int64_t>(
-      kSectionBytes / bytes * units_per_kv_head, 1, params.units));
+  const std::int64_t units_per_kv_head = std::max<std::int64_t>(1, params.group_size / params.pack);
+  params.section_units = static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(kSectionBytes / bytes * units_per_kv_head, 1, params.units));
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
   params.last_tile_first = work.last_tile_first;
+}
+
+const ForwardVariant& choose_variant(const AttentionProblem& problem,
+                                     std::span<const ForwardSegment> segments,
+                                     const ForwardVariants& variants) {
+  const double keys =
+      mean_keys(segments, problem.batch(), problem.seq_q(), variants.wide.warpgroups * kRows);
+  return keys < kWideKeys ? variants.narrow : variants.wide;
 }
 
 }  // namespace
 
 void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> segments,
-                    const ForwardVariant& variant) {
+                    const ForwardVariants& variants) {
   const AttentionProblem& problem = call.problem;
   if (problem.batch() == 0 || problem.seq_q() == 0 || problem.q_heads() == 0) return;
+  const ForwardVariant& variant = choose_variant(problem, segments, variants);
   const auto stream = static_cast<cudaStream_t>(call.stream.handle);
 
   ForwardParams params{};
@@ -182,8 +187,9 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   params.warpgroup_queries = kRows / params.pack;
   params.packs = narrow(problem.q_heads() / params.pack);
   params.seq_q = narrow(problem.seq_q());
-  params.group_size = narrow(problem.groups.group_size > 0 ? problem.groups.group_size
-                                                           : problem.q_heads() / problem.kv_heads());
+  params.group_size =
+      narrow(problem.groups.group_size > 0 ? problem.groups.group_size
+                                           : problem.q_heads() / problem.kv_heads());
   params.q_head_offset = narrow(problem.groups.q_head_offset);
   params.q = query_map(problem.q, params.pack, variant);
   set_segments(params, segments, variant);

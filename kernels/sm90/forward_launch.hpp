@@ -19,8 +19,8 @@ struct ForwardVariant {
 
 /// The variants of one pair of head dimensions for one element type.
 struct ForwardVariants {
-  ForwardVariant wide;    // few masked blocks
-  ForwardVariant narrow;  // causal and local masks, short rows
+  ForwardVariant wide;    // most rows: least L2 traffic
+  ForwardVariant narrow;  // fewer rows: least waste where a tile meets few keys
 };
 
 ForwardVariants forward_d64(DType dtype);
@@ -40,7 +40,8 @@ struct ForwardSegment {
   std::uint32_t ready_value = 0;
 };
 
+/// Picks the variant by the keys that a tile meets, and launches on the call's stream.
 void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> segments,
-                    const ForwardVariant& variant);
+                    const ForwardVariants& variants);
 
 }  // namespace annulus::kernels::sm90

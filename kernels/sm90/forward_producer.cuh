@@ -28,8 +28,10 @@ class ForwardProducer {
     int slice_begin, slice_end;
     int ticket, blocks;
   };
+  static constexpr int kNothing = -1;
+  static constexpr int kNoValues = -2;
   struct Keys {
-    int k_begin = 0, kv_head = 0, batch = 0, segment = -1;
+    int k_begin = 0, kv_head = 0, batch = 0, segment = kNothing;
   };
 
   /// Before a tile's last block, while the ring is full: between two tiles it would hold up loads.
@@ -68,10 +70,8 @@ class ForwardProducer {
     }
     work.batch = batch >= 0 ? batch : unit / params_.packs;
     work.pack_index = batch >= 0 ? unit : unit - work.batch * params_.packs;
-    work.q_last =
-        min(work.q_begin + kWarpgroups * params_.warpgroup_queries, params_.seq_q) - 1;
-    work.kv_head =
-        (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
+    work.q_last = min(work.q_begin + kWarpgroups * params_.warpgroup_queries, params_.seq_q) - 1;
+    work.kv_head = (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
     work.blocks = count_blocks(work);
     return work;
   }
@@ -103,7 +103,7 @@ class ForwardProducer {
     first_ = kFirstOfTile;
     if (remaining == 0) {  // rows without keys still get their O = 0 and LSE = -inf
       decode_next();
-      load_block(work, TileSlice{}, 0, kLastOfTile);
+      announce_empty_block();
       return;
     }
     for (int i = work.slice_begin; i < work.slice_end; ++i) {
@@ -117,6 +117,18 @@ class ForwardProducer {
         load_block(work, s, k, remaining == 0 ? kLastOfTile : 0);
       }
     }
+  }
+
+  /// A block without keys: nothing is copied, everything is masked.
+  __device__ void announce_empty_block() {
+    const int stage = k_ring_.index;
+    mbarrier_wait(&shared_.k_empty[stage], k_ring_.parity ^ 1);
+    shared_.blocks[stage] = BlockNote{kFirstOfTile | kLastOfTile | kMasked, 0, 0, 0, 0, 0, 0, 0};
+    mbarrier_arrive(&shared_.k_full[stage]);
+    k_ring_.advance();
+    first_ = 0;
+    load_pending_values();
+    pending_.segment = kNoValues;
   }
 
   /// Spins until another agent has filled the segment.
@@ -178,9 +190,15 @@ class ForwardProducer {
   }
 
   __device__ void load_pending_values() {
-    if (pending_.segment < 0) return;
+    if (pending_.segment == kNothing) return;
     const int stage = v_ring_.index;
     mbarrier_wait(&shared_.v_empty[stage], v_ring_.parity ^ 1);
+    if (pending_.segment == kNoValues) {
+      mbarrier_arrive(&shared_.v_full[stage]);
+      v_ring_.advance();
+      pending_.segment = kNothing;
+      return;
+    }
     mbarrier_arrive_expect(&shared_.v_full[stage], sizeof(shared_.v[0]));
     for (int box = 0; box < Tile::kVBoxes; ++box) {
       tma_load(&shared_.v[stage][box * Tile::kBlock * Tile::VTile::kColumns],
@@ -189,7 +207,7 @@ class ForwardProducer {
                pending_.kv_head, pending_.batch);
     }
     v_ring_.advance();
-    pending_.segment = -1;
+    pending_.segment = kNothing;
   }
 
   __device__ void announce_end() {
@@ -205,7 +223,7 @@ class ForwardProducer {
   SharedTile<Tile>& shared_;
   Ring<Tile::kStages> k_ring_, v_ring_;
   Ring<Tile::kQueryBuffers> q_ring_;
-  Keys pending_;
+  Keys pending_;  // of the block whose K is on its way and whose V is not
   Work next_;
   unsigned taken_ = 0;
   unsigned tile_ = 0;

@@ -39,6 +39,11 @@ std::int64_t keys_read(std::span<const TileSlice> slices, Span queries) {
   return keys;
 }
 
+bool differs_by_batch(std::span<const ForwardSegment> segments) {
+  return std::any_of(segments.begin(), segments.end(),
+                     [](const ForwardSegment& s) { return !s.mask.batch_offsets.empty(); });
+}
+
 std::vector<TileSlice> slices_of(std::span<const ForwardSegment> segments, std::int64_t batch_row) {
   std::vector<TileSlice> slices;
   for (std::size_t i = 0; i < segments.size(); ++i) {
@@ -93,20 +98,33 @@ void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile
 
 }  // namespace
 
+double mean_keys(std::span<const ForwardSegment> segments, std::int64_t batch, std::int64_t seq_q,
+                 std::int32_t tile_queries) {
+  const std::int64_t rows = differs_by_batch(segments) ? batch : 1;
+  double keys = 0.0;
+  for (std::int64_t b = 0; b < rows; ++b) {
+    for (const TileSlice& slice : slices_of(segments, b)) {
+      const std::int64_t first = slice.q_begin / tile_queries * tile_queries;
+      for (std::int64_t q = first; q < slice.q_end; q += tile_queries) {
+        keys += static_cast<double>(keys_read(slice, {q, std::min(q + tile_queries, seq_q)}));
+      }
+    }
+  }
+  return keys / static_cast<double>((seq_q + tile_queries - 1) / tile_queries * rows);
+}
+
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
                          std::int64_t seq_q, std::int32_t tile_queries) {
   ForwardWork work;
   work.tiles = static_cast<std::int32_t>((seq_q + tile_queries - 1) / tile_queries);
-  work.per_batch = std::any_of(segments.begin(), segments.end(), [](const ForwardSegment& s) {
-    return !s.mask.batch_offsets.empty();
-  });
+  work.per_batch = differs_by_batch(segments);
   const std::vector<TileSlice> shared =
       work.per_batch ? std::vector<TileSlice>{} : slices_of(segments, 0);
   if (!work.per_batch && shared.size() <= kInlineSlices) {
     work.slices = shared;
     const std::int64_t last = std::int64_t{work.tiles - 1} * tile_queries;
-    work.last_tile_first = keys_read(shared, {last, last + tile_queries}) >=
-                           keys_read(shared, {0, tile_queries});
+    work.last_tile_first =
+        keys_read(shared, {last, last + tile_queries}) >= keys_read(shared, {0, tile_queries});
     return work;
   }
   for (std::int32_t b = 0; b < (work.per_batch ? batch : 1); ++b) {

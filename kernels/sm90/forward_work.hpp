@@ -20,6 +20,10 @@ struct ForwardWork {
   }
 };
 
+/// Mean number of keys that a tile of queries meets.
+double mean_keys(std::span<const ForwardSegment> segments, std::int64_t batch, std::int64_t seq_q,
+                 std::int32_t tile_queries);
+
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
                          std::int64_t seq_q, std::int32_t tile_queries);
 

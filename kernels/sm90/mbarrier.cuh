@@ -38,10 +38,10 @@ __device__ inline void mbarrier_arrive(std::uint64_t* barrier) {
 
 /// One arrival, which also announces `bytes` of copies that complete on this barrier.
 __device__ inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 /// Returns once the phase of the given parity has completed. A fresh barrier counts as having

@@ -15,7 +15,7 @@ namespace annulus::kernels::sm90 {
 template <typename Element, int kN>
 struct WgmmaShape;
 
-#define OUT8(i)                                                                          \
+#define OUT8(i)                                                                               \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define OUT32 OUT8(0), OUT8(8), OUT8(16), OUT8(24)
@@ -40,43 +40,45 @@ struct WgmmaShape;
 #define REG80 REG72 ",%72,%73,%74,%75,%76,%77,%78,%79"
 #define REG88 REG80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 #define REG96 REG88 ",%88,%89,%90,%91,%92,%93,%94,%95"
-#define REG128                                                                               \
-  REG96                                                                                      \
+#define REG128                                                                              \
+  REG96                                                                                     \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113," \
   "%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // N, accumulators, operand numbers: the first five after the accumulators, then the sixth.
-#define SHAPE(TYPE, PTX, N, ACC, O0, O1, O2, O3, O4, O5)                                      \
-  template <>                                                                                 \
-  struct WgmmaShape<TYPE, N> {                                                                \
-    __device__ static void shared(float (&d)[ACC], std::uint64_t a, std::uint64_t b,          \
-                                  int accumulate) {                                           \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2 ", 0;\n"                          \
+#define SHAPE(TYPE, PTX, N, ACC, O0, O1, O2, O3, O4, O5)                                       \
+  template <>                                                                                  \
+  struct WgmmaShape<TYPE, N> {                                                                 \
+    __device__ static void shared(float (&d)[ACC], std::uint64_t a, std::uint64_t b,           \
+                                  int accumulate) {                                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                    \
+                   ", 0;\n"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
-                   "}, %" #O0 ", %" #O1 ", p, 1, 1, 0, 0;\n}"                                 \
-                   : OUT##ACC                                                                 \
-                   : "l"(a), "l"(b), "r"(accumulate));                                        \
-    }                                                                                         \
+                   "}, %" #O0 ", %" #O1 ", p, 1, 1, 0, 0;\n}"                                  \
+                   : OUT##ACC                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate));                                         \
+    }                                                                                          \
     __device__ static void registers(float (&d)[ACC], const std::uint32_t* a, std::uint64_t b, \
-                                     int accumulate) {                                        \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O5 ", 0;\n"                          \
+                                     int accumulate) {                                         \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O5                                    \
+                   ", 0;\n"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
-                   "}, {%" #O0 ",%" #O1 ",%" #O2 ",%" #O3 "}, %" #O4 ", p, 1, 1, 1;\n}"       \
-                   : OUT##ACC                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));    \
-    }                                                                                         \
+                   "}, {%" #O0 ",%" #O1 ",%" #O2 ",%" #O3 "}, %" #O4 ", p, 1, 1, 1;\n}"        \
+                   : OUT##ACC                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));     \
+    }                                                                                          \
   };
 
-#define SHAPES(TYPE, PTX)                                  \
-  SHAPE(TYPE, PTX, 64, 32, 32, 33, 34, 35, 36, 37)         \
-  SHAPE(TYPE, PTX, 80, 40, 40, 41, 42, 43, 44, 45)         \
-  SHAPE(TYPE, PTX, 96, 48, 48, 49, 50, 51, 52, 53)         \
-  SHAPE(TYPE, PTX, 112, 56, 56, 57, 58, 59, 60, 61)        \
-  SHAPE(TYPE, PTX, 128, 64, 64, 65, 66, 67, 68, 69)        \
-  SHAPE(TYPE, PTX, 144, 72, 72, 73, 74, 75, 76, 77)        \
-  SHAPE(TYPE, PTX, 160, 80, 80, 81, 82, 83, 84, 85)        \
-  SHAPE(TYPE, PTX, 176, 88, 88, 89, 90, 91, 92, 93)        \
-  SHAPE(TYPE, PTX, 192, 96, 96, 97, 98, 99, 100, 101)      \
+#define SHAPES(TYPE, PTX)                             \
+  SHAPE(TYPE, PTX, 64, 32, 32, 33, 34, 35, 36, 37)    \
+  SHAPE(TYPE, PTX, 80, 40, 40, 41, 42, 43, 44, 45)    \
+  SHAPE(TYPE, PTX, 96, 48, 48, 49, 50, 51, 52, 53)    \
+  SHAPE(TYPE, PTX, 112, 56, 56, 57, 58, 59, 60, 61)   \
+  SHAPE(TYPE, PTX, 128, 64, 64, 65, 66, 67, 68, 69)   \
+  SHAPE(TYPE, PTX, 144, 72, 72, 73, 74, 75, 76, 77)   \
+  SHAPE(TYPE, PTX, 160, 80, 80, 81, 82, 83, 84, 85)   \
+  SHAPE(TYPE, PTX, 176, 88, 88, 89, 90, 91, 92, 93)   \
+  SHAPE(TYPE, PTX, 192, 96, 96, 97, 98, 99, 100, 101) \
   SHAPE(TYPE, PTX, 256, 128, 128, 129, 130, 131, 132, 133)
 
 SHAPES(__nv_bfloat16, "bf16")

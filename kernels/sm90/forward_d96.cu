@@ -1,0 +1,22 @@
+#include "kernels/sm90/forward_dispatch.cuh"
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+template <typename Element>
+using Wide = ForwardTile<Element, 96, 96, 3, 160, 2, 2, false, false>;
+template <typename Element>
+using Narrow = ForwardTile<Element, 96, 96, 3, 112, 2, 2, true>;
+
+template <typename Element>
+ForwardVariants variants() {
+  return {forward_variant<Wide<Element>>(), forward_variant<Narrow<Element>>()};
+}
+
+}  // namespace
+
+ForwardVariants forward_d96(DType dtype) {
+  return dtype == DType::bf16 ? variants<__nv_bfloat16>() : variants<__half>();
+}
+
+}  // namespace annulus::kernels::sm90

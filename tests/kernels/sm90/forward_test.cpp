@@ -1,0 +1,293 @@
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "device_tensor.hpp"
+#include "kernels/attention.hpp"
+#include "kernels/cuda_support.hpp"
+#include "kernels/error.hpp"
+#include "kernels/sm90/attention_sm90.hpp"
+
+// The Hopper kernel against the double reference on random shapes, masks and options. Needs a
+// Hopper GPU: build/test_kernels --gtest_filter='Sm90*'; ANNULUS_FUZZ sets the number of shapes.
+namespace annulus {
+namespace {
+
+struct Case {
+  std::int64_t batch, seq_q, seq_kv, q_heads, kv_heads, head_dim, value_dim;
+  DType dtype;
+  float soft_cap = 0.0F;
+  bool sinks = false;
+  int segments = 1;
+  bool ring = false;  // one call a segment, with carried state
+};
+
+struct Reference {
+  std::vector<double> o, lse;
+};
+
+Reference reference(const AttentionProblem& problem, const Shape& o_shape, const Shape& lse_shape) {
+  Reference result{std::vector<double>(static_cast<std::size_t>(o_shape.elements())),
+                   std::vector<double>(static_cast<std::size_t>(lse_shape.elements()))};
+  ForwardCall call;
+  call.problem = problem;
+  call.o = {result.o.data(), DType::f64, o_shape};
+  call.log_sum_exp = {result.lse.data(), DType::f64, lse_shape};
+  attention_forward(call, "reference");
+  return result;
+}
+
+/// The tensors of a case, its mask, and the expected result.
+class Problem {
+ public:
+  Problem(const Case& c, std::vector<Slice> slices, std::mt19937& random)
+      : case_(c),
+        q(Shape{c.batch, c.seq_q, c.q_heads, c.head_dim}, c.dtype, random),
+        k(Shape{c.batch, c.seq_kv, c.kv_heads, c.head_dim}, c.dtype, random),
+        v(Shape{c.batch, c.seq_kv, c.kv_heads, c.value_dim}, c.dtype, random),
+        o_shape{c.batch, c.seq_q, c.q_heads, c.value_dim},
+        lse_shape{c.batch, c.q_heads, c.seq_q},
+        o(o_shape),
+        lse(lse_shape),
+        slices_(std::move(slices)),
+        sinks_(static_cast<std::size_t>(c.q_heads)),
+        sinks_device_(Shape{c.q_heads}) {
+    std::normal_distribution<float> normal;
+    for (float& sink : sinks_) sink = normal(random);
+    copy(ConstTensorView(sinks_.data(), DType::f32, Shape{c.q_heads}), sinks_device_.view());
+  }
+
+  AttentionProblem on_host() const {
+    AttentionProblem problem = options();
+    problem.q = q.host_view();
+    problem.k = k.host_view();
+    problem.v = v.host_view();
+    if (case_.sinks) problem.sinks = {sinks_.data(), DType::f32, Shape{case_.q_heads}};
+    return problem;
+  }
+
+  ForwardCall on_device() const {
+    ForwardCall call;
+    call.problem = options();
+    call.problem.q = q.view;
+    call.problem.k = k.view;
+    call.problem.v = v.view;
+    if (case_.sinks) call.problem.sinks = sinks_device_.view();
+    call.o = o.view();
+    call.log_sum_exp = lse.view();
+    return call;
+  }
+
+  /// The mask of keys [begin, end), in indices from begin on.
+  std::vector<Slice> slices_of(Span keys) const {
+    std::vector<Slice> part;
+    for (const Slice& slice : slices_) {
+      const Span k_range = intersect(slice.k, keys);
+      if (k_range.empty()) continue;
+      part.push_back({slice.q,
+                      {k_range.begin - keys.begin, k_range.end - keys.begin},
+                      slice.band.shifted(0, keys.begin)});
+    }
+    return part;
+  }
+
+  void expect_close() const {
+    const Reference expected = reference(on_host(), o_shape, lse_shape);
+    const std::vector<float> actual = o.fetched();
+    const std::vector<float> actual_lse = lse.fetched();
+    // P is rounded to half a unit in the last place, at |O| <= max |V|; as much for the rest.
+    const double unit = case_.dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
+    const double tolerance = 2.0 * unit * v.largest() + 1e-6;
+    for (std::size_t i = 0; i < actual.size(); ++i) {
+      ASSERT_NEAR(static_cast<double>(actual[i]), expected.o[i], tolerance) << "O at " << i;
+    }
+    for (std::size_t i = 0; i < actual_lse.size(); ++i) {
+      if (std::isinf(expected.lse[i])) {
+        ASSERT_EQ(actual_lse[i], -INFINITY) << "LSE at " << i;
+      } else {
+        ASSERT_NEAR(static_cast<double>(actual_lse[i]), expected.lse[i], 1e-3) << "LSE at " << i;
+      }
+    }
+  }
+
+ private:
+  AttentionProblem options() const {
+    AttentionProblem problem;
+    problem.mask = {slices_, {}};
+    problem.scale = 1.0F / std::sqrt(static_cast<float>(case_.head_dim));
+    problem.soft_cap = case_.soft_cap;
+    return problem;
+  }
+
+  Case case_;
+
+ public:
+  DeviceTensor q, k, v;
+  Shape o_shape, lse_shape;
+  DeviceFloats o, lse;
+
+ private:
+  std::vector<Slice> slices_;
+  std::vector<float> sinks_;
+  DeviceFloats sinks_device_;
+};
+
+Span part_of(std::int64_t length, int i, int parts) {
+  return {length * i / parts, length * (i + 1) / parts};
+}
+
+void run_segments(const Problem& problem, const Case& c) {
+  std::vector<std::vector<Slice>> slices;
+  std::vector<kernels::sm90::ForwardSegment> segments;
+  for (int i = 0; i < c.segments; ++i) {
+    slices.push_back(problem.slices_of(part_of(c.seq_kv, i, c.segments)));
+  }
+  for (int i = 0; i < c.segments; ++i) {
+    const Span keys = part_of(c.seq_kv, i, c.segments);
+    segments.push_back({problem.k.view.slice(1, keys),
+                        problem.v.view.slice(1, keys),
+                        {slices[static_cast<std::size_t>(i)], {}}});
+  }
+  kernels::sm90::forward_segments(problem.on_device(), segments);
+}
+
+void run_ring(const Problem& problem, const Case& c) {
+  const DeviceFloats accumulator(problem.o_shape), max(problem.lse_shape), sum(problem.lse_shape);
+  for (int i = 0; i < c.segments; ++i) {
+    const Span keys = part_of(c.seq_kv, i, c.segments);
+    const std::vector<Slice> slices = problem.slices_of(keys);
+    ForwardCall call = problem.on_device();
+    call.problem.k = problem.k.view.slice(1, keys);
+    call.problem.v = problem.v.view.slice(1, keys);
+    call.problem.mask = {slices, {}};
+    call.state = {accumulator.view(), max.view(), sum.view()};
+    call.start = i == 0 ? ForwardCall::Start::fresh : ForwardCall::Start::resume;
+    if (i + 1 < c.segments) {
+      call.o = {};
+      call.log_sum_exp = {};
+    }
+    attention_forward(call, "sm90");
+  }
+}
+
+void run(const Problem& problem, const Case& c) {
+  if (c.ring) return run_ring(problem, c);
+  if (c.segments > 1) return run_segments(problem, c);
+  attention_forward(problem.on_device(), "sm90");
+}
+
+class Sm90 : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (kernels::cuda::device_count() == 0) GTEST_SKIP() << "no GPU here";
+  }
+};
+
+std::int64_t pick(std::mt19937& random, std::initializer_list<std::int64_t> from) {
+  return *(from.begin() + random() % from.size());
+}
+
+std::vector<Slice> random_slices(std::mt19937& random, std::int64_t seq_q, std::int64_t seq_kv) {
+  const std::int64_t corner = seq_kv - seq_q;
+  const auto some = static_cast<std::int64_t>(random() % 150);
+  switch (random() % 6) {
+    case 0:
+      return {{{0, seq_q}, {0, seq_kv}, {}}};
+    case 1:
+      return {{{0, seq_q}, {0, seq_kv}, {-kUnbounded, corner}}};
+    case 2:
+      return {{{0, seq_q}, {0, seq_kv}, {corner - some, corner + some / 3}}};
+    case 3:
+      return {{{0, seq_q}, {0, seq_kv}, {-kUnbounded, -1 - some}}};  // rows without keys
+    case 4:
+      return {{{seq_q / 3, seq_q}, {seq_kv / 2, seq_kv}, {}}};
+    default:
+      break;
+  }
+  std::vector<Slice> slices;  // documents of unequal lengths, the last tokens being padding
+  const std::int64_t seq = std::min(seq_q, seq_kv);
+  for (std::int64_t begin = 0; begin < seq - seq / 8;) {
+    const std::int64_t end = std::min(seq, begin + 1 + static_cast<std::int64_t>(random() % 90));
+    slices.push_back({{begin, end}, {begin, end}, {-kUnbounded, 0}});
+    begin = end;
+  }
+  return slices;
+}
+
+Case random_case(std::mt19937& random) {
+  Case c{};
+  c.batch = pick(random, {1, 2, 3});
+  c.seq_q = pick(random, {1, 3, 64, 113, 128, 200, 300});
+  c.seq_kv = pick(random, {0, 1, 17, 128, 130, 256, 300});
+  c.kv_heads = pick(random, {1, 2});
+  c.q_heads = c.kv_heads * pick(random, {1, 1, 2, 5, 8});
+  c.head_dim = pick(random, {64, 96, 128, 192, 256});
+  c.value_dim = c.head_dim == 192 && random() % 2 == 0 ? 128 : c.head_dim;
+  c.dtype = random() % 2 == 0 ? DType::bf16 : DType::f16;
+  c.soft_cap = random() % 5 == 0 ? 8.0F : 0.0F;
+  c.sinks = random() % 4 == 0;
+  c.segments = c.seq_kv < 8 ? 1 : static_cast<int>(pick(random, {1, 1, 2, 4, 8}));
+  c.ring = random() % 2 == 0;
+  return c;
+}
+
+TEST_F(Sm90, MatchesTheReferenceOnRandomShapes) {
+  const char* wanted = std::getenv("ANNULUS_FUZZ");
+  const int shapes = wanted == nullptr ? 60 : std::atoi(wanted);
+  const std::uint32_t seed = std::random_device{}();
+  std::mt19937 random(seed);
+  for (int i = 0; i < shapes; ++i) {
+    const Case c = random_case(random);
+    SCOPED_TRACE(testing::Message()
+                 << "seed " << seed << " shape " << i << ": batch " << c.batch << " q " << c.seq_q
+                 << "x" << c.q_heads << " kv " << c.seq_kv << "x" << c.kv_heads << " dim "
+                 << c.head_dim << "/" << c.value_dim << " " << name(c.dtype) << " cap "
+                 << c.soft_cap << " sinks " << c.sinks << " segments " << c.segments << " ring "
+                 << c.ring);
+    const Problem problem(c, random_slices(random, c.seq_q, c.seq_kv), random);
+    run(problem, c);
+    problem.expect_close();
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST_F(Sm90, RepeatsBitForBit) {
+  std::mt19937 random(5);
+  const Case c{2, 700, 700, 8, 2, 128, 128, DType::bf16};
+  const Problem problem(c, {{{0, 700}, {0, 700}, {-kUnbounded, 0}}}, random);
+  run(problem, c);
+  const std::vector<float> first = problem.o.fetched();
+  for (int i = 0; i < 1000; ++i) {
+    fill_bytes(problem.o.memory.data(), Device::cuda, 0xff, problem.o.memory.bytes());
+    run(problem, c);
+    ASSERT_EQ(problem.o.fetched(), first) << "repeat " << i;
+  }
+}
+
+TEST_F(Sm90, NamesWhatItDoesNotSupport) {
+  std::mt19937 random(6);
+  const Case c{1, 64, 64, 2, 2, 64, 64, DType::bf16};
+  const Problem problem(c, {{{0, 64}, {0, 64}, {}}}, random);
+  const AttentionBackend& sm90 = kernels::sm90::backends().front();
+  const AttentionProblem good = problem.on_device().problem;
+  EXPECT_EQ(sm90.unsupported(good, Direction::forward), "");
+  AttentionProblem bad = good;
+  bad.dropout.probability = 0.5F;
+  EXPECT_NE(sm90.unsupported(bad, Direction::forward).find("dropout"), std::string::npos);
+  bad = good;
+  bad.bias = bad.q;
+  EXPECT_NE(sm90.unsupported(bad, Direction::forward).find("bias"), std::string::npos);
+  bad = good;
+  bad.dense_mask = bad.q;
+  EXPECT_NE(sm90.unsupported(bad, Direction::forward).find("mask"), std::string::npos);
+  bad = good;
+  bad.q.strides[1] = 129;
+  EXPECT_NE(sm90.unsupported(bad, Direction::forward).find("129"), std::string::npos);
+  bad = good;
+  bad.q.shape[3] = bad.k.shape[3] = bad.v.shape[3] = 80;
+  EXPECT_NE(sm90.unsupported(bad, Direction::forward).find("80"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace annulus

@@ -1,0 +1,100 @@
+#include "kernels/sm90/forward_work.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <set>
+#include <vector>
+
+// The work table of a launch is plain arithmetic: it needs no GPU.
+namespace annulus::kernels::sm90 {
+namespace {
+
+ForwardSegment segment_over(const SliceList& mask, std::int64_t seq_kv) {
+  static const char byte = 0;
+  ForwardSegment segment;
+  segment.k = {&byte, DType::bf16, Shape{1, seq_kv, 1, 64}};
+  segment.v = segment.k;
+  segment.mask = mask;
+  return segment;
+}
+
+std::vector<Slice> documents(std::mt19937& random, std::int64_t seq) {
+  std::vector<Slice> slices;
+  std::int64_t begin = 0;
+  while (begin < seq) {
+    const std::int64_t end = std::min(seq, begin + 1 + static_cast<std::int64_t>(random() % 100));
+    slices.push_back({{begin, end}, {begin, end}, {-kUnbounded, 0}});
+    begin = end;
+  }
+  return slices;
+}
+
+TEST(ForwardWork, FewSlicesNeedNoTable) {
+  const std::vector<Slice> causal{{{0, 1000}, {0, 1000}, {-kUnbounded, 0}}};
+  const std::vector<ForwardSegment> segments{segment_over({causal, {}}, 1000)};
+  const ForwardWork work = plan_forward(segments, 3, 1000, 128);
+  EXPECT_TRUE(work.entries.empty());
+  EXPECT_EQ(work.tiles, 8);
+  EXPECT_TRUE(work.last_tile_first);
+  EXPECT_EQ(work.slices.size(), 1U);
+  EXPECT_NEAR(mean_keys(segments, 3, 1000, 128), 573.0, 1e-9);
+}
+
+// Every tile appears once; its slices are those that keep a pair of its rows.
+TEST(ForwardWork, TableHoldsEveryTileWithItsSlices) {
+  std::mt19937 random(11);
+  for (int round = 0; round < 50; ++round) {
+    const std::int64_t seq = 1 + static_cast<std::int64_t>(random() % 2000);
+    const std::int32_t tile = 1 + static_cast<std::int32_t>(random() % 192);
+    const std::vector<Slice> slices = documents(random, seq);
+    if (slices.size() <= static_cast<std::size_t>(kInlineSlices)) continue;
+    const std::vector<ForwardSegment> segments{segment_over({slices, {}}, seq)};
+    const ForwardWork work = plan_forward(segments, 1, seq, tile);
+    ASSERT_EQ(work.rows(), work.tiles);
+    std::set<std::int32_t> seen;
+    for (const TileEntry& entry : work.entries) {
+      EXPECT_TRUE(seen.insert(entry.q_begin).second);
+      const Span rows{entry.q_begin, std::min<std::int64_t>(entry.q_begin + tile, seq)};
+      const auto meeting = std::count_if(slices.begin(), slices.end(), [&](const Slice& slice) {
+        return slice.coverage(rows, slice.k) != Coverage::none;
+      });
+      EXPECT_EQ(entry.slice_end - entry.slice_begin, meeting);
+    }
+  }
+}
+
+TEST(ForwardWork, TilesComeLongestFirst) {
+  std::vector<Slice> slices;
+  for (std::int64_t i = 0; i < 12; ++i) {
+    slices.push_back({{i * 128, i * 128 + 128}, {0, 100 + (i * 37) % 50}, {}});
+  }
+  const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 200)};
+  const ForwardWork work = plan_forward(segments, 1, 12 * 128, 128);
+  ASSERT_EQ(work.entries.size(), 12U);
+  std::int32_t before = 1 << 30;
+  for (const TileEntry& entry : work.entries) {
+    const TileSlice& slice = work.slices[static_cast<std::size_t>(entry.slice_begin)];
+    EXPECT_LE(slice.k_end, before);
+    before = slice.k_end;
+  }
+}
+
+TEST(ForwardWork, BatchRowsWithTheirOwnSlicesAreNamed) {
+  const std::vector<Slice> slices{{{0, 64}, {0, 64}, {}}, {{64, 128}, {0, 128}, {}}};
+  const std::vector<std::int64_t> offsets{0, 1, 2};
+  const std::vector<ForwardSegment> segments{segment_over({slices, offsets}, 128)};
+  const ForwardWork work = plan_forward(segments, 2, 128, 64);
+  ASSERT_EQ(work.entries.size(), 4U);
+  EXPECT_TRUE(work.per_batch);
+  // Longest first: batch row 1's second tile; the two tiles without keys come last.
+  EXPECT_EQ(work.entries[0].batch, 1);
+  EXPECT_EQ(work.entries[0].q_begin, 64);
+  EXPECT_EQ(work.entries[1].batch, 0);
+  EXPECT_EQ(work.entries[2].slice_begin, work.entries[2].slice_end);
+  EXPECT_EQ(work.entries[3].slice_begin, work.entries[3].slice_end);
+}
+
+}  // namespace
+}  // namespace annulus::kernels::sm90
