@@ -4,13 +4,11 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Wide = ForwardTile<Element, 192, 128, 3, 112, 2, 1, false, false>;
-template <typename Element>
-using Narrow = ForwardTile<Element, 192, 128, 2, 128, 2, 1, true>;
+using Wide = ForwardTile<Element, 192, 128, 2, 128, 2, 1, true>;
 
 template <typename Element>
 ForwardVariants variants() {
-  return {forward_variant<Wide<Element>>(), forward_variant<Narrow<Element>>()};
+  return {forward_variant<Wide<Element>>(), forward_variant<Wide<Element>>()};
 }
 
 }  // namespace

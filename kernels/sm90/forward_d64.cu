@@ -6,12 +6,10 @@ namespace {
 // Bound by the exponentials: long blocks amortise what is done once a block.
 template <typename Element>
 using Wide = ForwardTile<Element, 64, 64, 3, 192, 2, 2, true, false>;
-template <typename Element>
-using Narrow = ForwardTile<Element, 64, 64, 3, 128, 3, 2, true>;
 
 template <typename Element>
 ForwardVariants variants() {
-  return {forward_variant<Wide<Element>>(), forward_variant<Narrow<Element>>()};
+  return {forward_variant<Wide<Element>>(), forward_variant<Wide<Element>>()};
 }
 
 }  // namespace
