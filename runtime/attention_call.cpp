@@ -90,7 +90,9 @@ AttentionCall::AttentionCall(const AttentionOperation& operation, const Attentio
   try {
     plan();
   } catch (const Error& error) {
-    failure_ = Error(error.code(), fmt::format("{}: {}", operation.name(), error.what()));
+    const std::string said = error.what();
+    const std::string prefix = operation.name() + ": ";
+    failure_ = Error(error.code(), said.starts_with(prefix) ? said : prefix + said);
   }
 }
 
@@ -149,7 +151,6 @@ void AttentionCall::state(Statement& statement) const {
   const OperationMetadata& metadata = operation_.metadata();
   const OperationTuning& tuning = operation_.tuning();
   statement.add("version", ANNULUS_VERSION)
-      .add("operation", operation_.name())
       .add("mesh", metadata.mesh.to_string())
       .add("backend", metadata.backend)
       .add("transport", name(metadata.transport))
