@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "kernels/cuda_support.hpp"
-#include "kernels/element.hpp"
 #include "kernels/error.hpp"
+#include "kernels/host_copy.hpp"
 
 namespace annulus {
 namespace {
@@ -32,55 +32,6 @@ void* allocate_host(std::int64_t bytes) {
   }
 #endif
   return data;
-}
-
-// The bits of strided elements: a way through double would lose large integers and NaN payloads.
-void copy_elements(const void* from, std::int64_t from_stride, void* to, std::int64_t to_stride,
-                   std::int64_t count, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::memcpy(static_cast<char*>(to) + i * to_stride * bytes,
-                static_cast<const char*>(from) + i * from_stride * bytes,
-                static_cast<std::size_t>(bytes));
-  }
-}
-
-// Copies the dimensions from `dim` on, row by row; the last one in a tight loop.
-void copy_host(ConstTensorView from, TensorView to, int dim) {
-  if (dim + 1 < from.rank()) {
-    for (std::int64_t i = 0; i < from.shape[dim]; ++i) {
-      copy_host(from.slice(dim, {i, i + 1}), to.slice(dim, {i, i + 1}), dim + 1);
-    }
-    return;
-  }
-  const std::int64_t count = from.rank() == 0 ? 1 : from.shape[dim];
-  const std::int64_t from_stride = from.rank() == 0 ? 1 : from.strides[dim];
-  const std::int64_t to_stride = to.rank() == 0 ? 1 : to.strides[dim];
-  if (from.dtype == to.dtype && from_stride == 1 && to_stride == 1) {
-    std::memcpy(to.data, from.data, static_cast<std::size_t>(count * size_bytes(from.dtype)));
-    return;
-  }
-  if (from.dtype == to.dtype) {
-    return copy_elements(from.data, from_stride, to.data, to_stride, count, size_bytes(to.dtype));
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    store_element(to.data, to.dtype, i * to_stride,
-                  load_element(from.data, from.dtype, i * from_stride));
-  }
-}
-
-void accumulate_host(ConstTensorView from, TensorView into, int dim) {
-  if (dim + 1 < from.rank()) {
-    for (std::int64_t i = 0; i < from.shape[dim]; ++i) {
-      accumulate_host(from.slice(dim, {i, i + 1}), into.slice(dim, {i, i + 1}), dim + 1);
-    }
-    return;
-  }
-  const auto* source = static_cast<const float*>(from.data);
-  auto* target = static_cast<float*>(into.data);
-  const std::int64_t count = from.shape[dim];
-  const std::int64_t from_stride = from.strides[dim];
-  const std::int64_t into_stride = into.strides[dim];
-  for (std::int64_t i = 0; i < count; ++i) target[i * into_stride] += source[i * from_stride];
 }
 
 }  // namespace
@@ -128,12 +79,7 @@ void copy(ConstTensorView from, TensorView to, Stream stream) {
   if (from.device == Device::cuda || to.device == Device::cuda) {
     return kernels::cuda::copy(from, to, stream);
   }
-  if (from.dtype == to.dtype && from.is_contiguous() && to.is_contiguous()) {
-    std::memcpy(to.data, from.data,
-                static_cast<std::size_t>(from.shape.elements() * size_bytes(from.dtype)));
-    return;
-  }
-  copy_host(from, to, 0);
+  kernels::host_copy(from, to);
 }
 
 void accumulate(ConstTensorView from, TensorView into, Stream stream) {
@@ -144,11 +90,7 @@ void accumulate(ConstTensorView from, TensorView into, Stream stream) {
   if (from.device == Device::cuda || into.device == Device::cuda) {
     return kernels::cuda::accumulate(from, into, stream);
   }
-  if (from.rank() == 0) {
-    *static_cast<float*>(into.data) += *static_cast<const float*>(from.data);
-    return;
-  }
-  accumulate_host(from, into, 0);
+  kernels::host_accumulate(from, into);
 }
 
 void synchronize(Device device, Stream stream) {
