@@ -216,8 +216,10 @@ double max_difference(const Tensor& a, const Tensor& b) {
 
 namespace {
 
-std::unique_ptr<OperationImpl> make(Context& context, const std::string& name, const Mesh& mesh) {
-  return OperationRegistry::create(name, resolve_metadata(context, {.mesh = mesh}));
+std::unique_ptr<OperationImpl> make(Context& context, const std::string& name, const Mesh& mesh,
+                                    OperationConfig config = on_the_host()) {
+  config.mesh = mesh;
+  return OperationRegistry::create(name, resolve_metadata(context, config));
 }
 
 std::string where(const std::string& operation, const Mesh& mesh, const OperationCase& c) {
@@ -246,14 +248,15 @@ void expect_near_in_norm(const DistributedTensor& found, const Tensor& expected,
 
 void expect_forward(Context& context, const std::string& operation, const Mesh& mesh,
                     const OperationCase& c, const OperationTensors& tensors, double tolerance,
-                    Placement placement) {
-  const auto op = make(context, operation, mesh);
+                    Placement placement, const OperationConfig& config) {
+  const auto op = make(context, operation, mesh, config);
   const SpreadInputs spread(context, *op, mesh, c, tensors, placement);
   const OperationOutput output = (*op)(spread.inputs(), c.options);
   const GatheredOutput whole = output.gather(context, 0);
   if (context.rank() != 0) return;
   const std::string what = where(operation, mesh, c);
-  expect_close(whole.attention_outputs, tensors.output, tolerance, what);
+  const Tensor o = Tensor::copy_of(whole.attention_outputs.view(), DType::f32);
+  expect_close(o, tensors.output, tolerance, what);
   expect_close(whole.log_sum_exp, tensors.log_sum_exp, tolerance, what + ", log_sum_exp");
 }
 

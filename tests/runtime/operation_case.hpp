@@ -45,11 +45,15 @@ enum class Placement : std::uint8_t {
   replicated  // whole on every rank
 };
 
+/// The processor, whatever devices there are: f32 is computed there only.
+inline OperationConfig on_the_host() { return {.backend = "cpu"}; }
+
 /// An operation on a mesh, applied to a case on all ranks of `context`. Rank 0 compares output and
 /// log_sum_exp with `tensors` (which only needs them there), within `tolerance`.
 void expect_forward(Context& context, const std::string& operation, const Mesh& mesh,
                     const OperationCase& c, const OperationTensors& tensors, double tolerance,
-                    Placement placement = Placement::working);
+                    Placement placement = Placement::working,
+                    const OperationConfig& config = on_the_host());
 
 /// The same with all gradients, within `tolerance` relative to the norm of each.
 void expect_backward(Context& context, const std::string& operation, const Mesh& mesh,
