@@ -99,16 +99,20 @@ struct SpreadInputs {
   SpreadInputs(const Context& context, const OperationImpl& operation, const Mesh& mesh,
                const OperationCase& c, const OperationTensors& t, Placement placement) {
     const AttentionLayouts layouts = operation.layouts(c.shape, c.options);
-    const auto put = [&](const Tensor& whole, const TensorLayout& working) {
-      const TensorLayout all(whole.shape(), NamedSharding(mesh, {}));
-      return spread(whole, placement == Placement::working ? working : all, context.rank());
+    const AttentionShardings specs =
+        operation.metadata().partition_manager.get_shardings(Mode::train, DimOrder::bthd);
+    const auto put = [&](const Tensor& whole, const TensorLayout& working,
+                         const PartitionSpec& spec) {
+      const PartitionSpec wanted = placement == Placement::by_spec ? spec : PartitionSpec();
+      const TensorLayout plain(whole.shape(), NamedSharding(mesh, wanted));
+      return spread(whole, placement == Placement::working ? working : plain, context.rank());
     };
-    query = put(t.query, layouts.query);
-    key = put(t.key, layouts.key);
-    value = put(t.value, layouts.value);
-    if (t.bias) bias = put(t.bias, *layouts.bias);
-    if (t.mask) mask = put(t.mask, *layouts.mask);
-    if (t.sinks) sinks = put(t.sinks, *layouts.sinks);
+    query = put(t.query, layouts.query, specs.query);
+    key = put(t.key, layouts.key, specs.key);
+    value = put(t.value, layouts.value, specs.value);
+    if (t.bias) bias = put(t.bias, *layouts.bias, specs.bias);
+    if (t.mask) mask = put(t.mask, *layouts.mask, specs.mask);
+    if (t.sinks) sinks = put(t.sinks, *layouts.sinks, specs.sinks(t.sinks.shape().rank()));
   }
   AttentionInputs inputs() const { return {query, key, value, &bias, &mask, &sinks}; }
 };

@@ -41,8 +41,9 @@ DistributedTensor spread(const Tensor& whole, const TensorLayout& layout, int ra
 
 /// Where the inputs of a run lie.
 enum class Placement : std::uint8_t {
-  working,    // where the operation wants them
-  replicated  // whole on every rank
+  working,     // where the operation wants them
+  replicated,  // whole on every rank
+  by_spec,     // cut by the default shardings, KV heads evenly as query heads
 };
 
 /// The processor, whatever devices there are: f32 is computed there only.
