@@ -147,12 +147,6 @@ void check_rank(CheckpointField field, InputLayout layout, const DatasetInfo& da
           dataset.shape.to_string(), wanted_rank(field), wanted_form(field, layout));
 }
 
-}  // namespace
-
-std::string_view name(CheckpointField field) {
-  return kFieldNames[static_cast<std::size_t>(field)];
-}
-
 // ---- checks between fields ----------------------------------------------------------------------
 
 // Compares the shapes that were found; fields that have problems of their own are left out.
@@ -206,8 +200,8 @@ class CheckpointShapes {
     if (holds) return;
     problems_.add(Error(
         ExitCode::bad_data,
-        fmt::format("{}: {}: {} {}, expected {}{} as in {}", path_, printable_name(field), what,
-                    extent(field, dim), extent(other, other_dim), also, printable_name(other))));
+        fmt::format("{}: {}: {} {}, expected {}{} as in {}", path_, dataset(field), what,
+                    extent(field, dim), extent(other, other_dim), also, dataset(other))));
   }
 
   void same(CheckpointField field, int dim, CheckpointField other, int other_dim,
@@ -235,16 +229,20 @@ class CheckpointShapes {
         ExitCode::bad_data,
         fmt::format("{}: {}: {} heads do not group over the {} heads of {}; "
                     "expected a multiple",
-                    path_, printable_name(F::query), q_heads, kv_heads, printable_name(F::key))));
+                    path_, dataset(F::query), q_heads, kv_heads, dataset(F::key))));
   }
-
-  std::string printable_name(CheckpointField field) const { return dataset(field); }
 
   const std::string& path_;
   Problems& problems_;
   std::array<Shape, kCheckpointFields> shapes_;
   std::array<std::string, kCheckpointFields> datasets_;
 };
+
+}  // namespace
+
+std::string_view name(CheckpointField field) {
+  return kFieldNames[static_cast<std::size_t>(field)];
+}
 
 // ---- Checkpoint ---------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 #include "runtime/pending_file.hpp"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,6 +12,8 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <memory>
+#include <string_view>
 
 #include "kernels/error.hpp"
 #include "runtime/agreement.hpp"
@@ -18,6 +22,8 @@ namespace annulus {
 namespace {
 
 constexpr mode_t kMode = 0666;  // less the umask
+// Names end at 255 bytes; the tail of a long one gives way to what marks a temporary file.
+constexpr std::size_t kLongestStem = 200;
 
 std::string folder_of(const std::string& path) {
   const std::size_t slash = path.rfind('/');
@@ -66,9 +72,29 @@ std::string random_suffix() {
   return text;
 }
 
+constexpr std::string_view kTemporaryMark = ".partial-";
+
 std::string temporary_name(const std::string& name) {
-  // Names end at 255 bytes; the tail of a long one may go.
-  return name.substr(0, 200) + ".partial-" + random_suffix();
+  return name.substr(0, kLongestStem) + std::string(kTemporaryMark) + random_suffix();
+}
+
+// A run that was killed in the instant of its commit, or on a file system without nameless files,
+// leaves a temporary file. Its lock went with it; that of a run at work is held.
+void remove_stale(int folder, const std::string& name) {
+  const int copy = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (copy < 0) return;
+  const std::unique_ptr<DIR, int (*)(DIR*)> list(fdopendir(copy), closedir);
+  if (!list) return;
+  const std::string stem = name.substr(0, kLongestStem) + std::string(kTemporaryMark);
+  while (const dirent* entry = readdir(list.get())) {
+    if (!std::string_view(entry->d_name).starts_with(stem)) continue;
+    const FileDescriptor file(
+        openat(folder, entry->d_name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    struct stat status {};
+    const bool stale = file && fstat(file.value(), &status) == 0 && S_ISREG(status.st_mode) &&
+                       flock(file.value(), LOCK_EX | LOCK_NB) == 0;
+    if (stale) static_cast<void>(unlinkat(folder, entry->d_name, 0));
+  }
 }
 
 // Identity of a file across the processes of a host.
@@ -152,6 +178,7 @@ PendingFile::PendingFile(Communicator& communicator, const std::string& destinat
   agree(communicator, [&] {
     folder_ = open_folder(destination_);
     if (!creator) return;
+    remove_stale(folder_.value(), name_);
     create_nameless();
     if (!file_) create_named();
   });
@@ -168,7 +195,11 @@ void PendingFile::create_nameless() {
   const bool can_link = access("/proc/self/fd", X_OK) == 0;
   if (!can_link) return;
   file_ = FileDescriptor(openat(folder_.value(), ".", O_TMPFILE | O_RDWR | O_CLOEXEC, kMode));
+  if (file_) lock();
 }
+
+// Where there are no locks, stale files stay: nothing else depends on it.
+void PendingFile::lock() const { static_cast<void>(flock(file_.value(), LOCK_EX | LOCK_NB)); }
 
 void PendingFile::create_named() {
   temporary_ = temporary_name(name_);
@@ -177,6 +208,7 @@ void PendingFile::create_named() {
                                 O_CREAT | O_EXCL | O_NOFOLLOW | O_RDWR | O_CLOEXEC, kMode));
   require(static_cast<bool>(file_), ExitCode::cannot_create, "{}: cannot be created: {}",
           destination_, errno_text(errno));
+  lock();
 }
 
 // Opens rank 0's file on every rank: through /proc on one host; by its name elsewhere.
@@ -223,6 +255,7 @@ void PendingFile::commit(Communicator& communicator, bool force, bool durable) {
   agree(communicator, [&] {
     if (communicator.rank() != 0) return;
     publish(force);
+    file_.close(destination_);
     if (durable) synchronize_file(folder_.value(), destination_);
   });
   forget_pending(folder_of(destination_) + "/" + temporary_);
@@ -249,7 +282,6 @@ void PendingFile::publish(bool force) {
     temporary_ = temporary;
     note_pending(folder_of(destination_) + "/" + temporary_);
   }
-  file_.close(destination_);
   if (force) {
     return check(renameat(folder_.value(), temporary_.c_str(), folder_.value(), name_.c_str()));
   }

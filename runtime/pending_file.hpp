@@ -11,7 +11,8 @@ namespace annulus {
 /// A new file that all ranks write and that has no name in its folder until commit(): the kernel
 /// drops it when the last rank is gone, however that happens. Where the file system or several
 /// hosts do not allow that, it stands beside the destination under an exclusive, random name that
-/// the destructor of every rank removes. The folder is resolved once, so nothing planted on the
+/// the destructor of every rank removes; what a killed run left there goes when the next begins.
+/// The folder is resolved once, so nothing planted on the
 /// path later leads out of it.
 class PendingFile {
  public:
@@ -33,6 +34,7 @@ class PendingFile {
   void create_nameless();
   void create_named();
   void open_of_peer(Communicator& communicator);
+  void lock() const;
   void publish(bool force);
 
   std::string destination_;
