@@ -238,14 +238,9 @@ class DecodeRows {
     const Floats d;
     for (std::int64_t column = 0; column < v_stride_; column += 2 * kLanes) {
       const bool pair = column + kLanes < v_stride_;
-      FloatVec sum[4][2];
+      FloatVec sum[4][2];  // apart from o, beside which small terms would be rounded away
       HWY_UNROLL(4)
-      for (int r = 0; r < 4; ++r) {
-        const FloatVec factor = hn::Set(d, rescale[r]);
-        const float* at = o + r * v_stride_ + column;
-        sum[r][0] = hn::Mul(factor, hn::Load(d, at));
-        sum[r][1] = pair ? hn::Mul(factor, hn::Load(d, at + kLanes)) : hn::Zero(d);
-      }
+      for (int r = 0; r < 4; ++r) sum[r][0] = sum[r][1] = hn::Zero(d);
       const float* v = v_ + column;
       const std::int64_t second = pair ? kLanes : 0;
       for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
@@ -260,9 +255,11 @@ class DecodeRows {
       }
       HWY_UNROLL(4)
       for (int r = 0; r < 4; ++r) {
+        const FloatVec factor = hn::Set(d, rescale[r]);
         float* at = o + r * v_stride_ + column;
-        hn::Store(sum[r][0], d, at);
-        if (pair) hn::Store(sum[r][1], d, at + kLanes);
+        hn::Store(hn::MulAdd(factor, hn::Load(d, at), sum[r][0]), d, at);
+        if (pair)
+          hn::Store(hn::MulAdd(factor, hn::Load(d, at + kLanes), sum[r][1]), d, at + kLanes);
       }
     }
   }

@@ -71,6 +71,8 @@ HWY_INLINE void gemm_step(const float* HWY_RESTRICT a, const float* HWY_RESTRICT
   }
 }
 
+// The product is summed by itself before C joins it: thousands of small terms that were added to a
+// large C one by one would all be rounded away.
 template <int kVectors, Update kUpdate, Layout kLayout>
 HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
                              const float* HWY_RESTRICT b, std::int64_t ldb, float* HWY_RESTRICT c,
@@ -80,16 +82,7 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
   HWY_UNROLL(8)
   for (int r = 0; r < kPanelRows; ++r) {
     HWY_UNROLL(3)
-    for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kUpdate == Update::overwrite) {
-        sum[r][v] = hn::Zero(d);
-      } else {
-        sum[r][v] = hn::Load(d, c + r * ldc + v * kLanes);
-      }
-      if constexpr (kUpdate == Update::rescale) {
-        sum[r][v] = hn::Mul(sum[r][v], hn::Load(d, factor + v * kLanes));
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::Zero(d);
   }
   // Four steps to a branch: a short loop's exit is mispredicted otherwise.
   for (; steps >= 4; steps -= 4) {
@@ -108,7 +101,15 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
   HWY_UNROLL(8)
   for (int r = 0; r < kPanelRows; ++r) {
     HWY_UNROLL(3)
-    for (int v = 0; v < kVectors; ++v) hn::Store(sum[r][v], d, c + r * ldc + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + r * ldc + v * kLanes;
+      if constexpr (kUpdate == Update::add) {
+        sum[r][v] = hn::Add(sum[r][v], hn::Load(d, at));
+      } else if constexpr (kUpdate == Update::rescale) {
+        sum[r][v] = hn::MulAdd(hn::Load(d, at), hn::Load(d, factor + v * kLanes), sum[r][v]);
+      }
+      hn::Store(sum[r][v], d, at);
+    }
   }
 }
 

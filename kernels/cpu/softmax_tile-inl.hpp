@@ -147,7 +147,7 @@ HWY_NOINLINE void softmax_vectors(std::int64_t keys, float scale, float* HWY_RES
     max[v] = base2_max(hn::Load(d, state.max + v * kLanes));
     const FloatVec factor = exp2(d, hn::Sub(before[v], max[v]));
     hn::Store(factor, d, rescale + v * kLanes);
-    sum[v] = hn::Mul(hn::Load(d, state.sum + v * kLanes), factor);
+    sum[v] = hn::Zero(d);  // summed apart from the running sum, as in gemm_panel
   }
   const FloatVec to_base2 = hn::Set(d, scale * kLog2E);
   for (std::int64_t key = 0; key < keys; ++key) {
@@ -160,7 +160,11 @@ HWY_NOINLINE void softmax_vectors(std::int64_t keys, float scale, float* HWY_RES
     }
   }
   HWY_UNROLL(3)
-  for (int v = 0; v < kVectors; ++v) hn::Store(sum[v], d, state.sum + v * kLanes);
+  for (int v = 0; v < kVectors; ++v) {
+    const FloatVec running =
+        hn::Mul(hn::Load(d, state.sum + v * kLanes), hn::Load(d, rescale + v * kLanes));
+    hn::Store(hn::Add(running, sum[v]), d, state.sum + v * kLanes);
+  }
 }
 
 /// s ← exp(s·scale − max) after raising the maximum; the sum follows, and `rescale` receives the
