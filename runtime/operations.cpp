@@ -2,7 +2,9 @@
 
 #include <array>
 
+#include "runtime/blocksparse_attention.hpp"
 #include "runtime/flash_attention.hpp"
+#include "runtime/hybrid_attention.hpp"
 #include "runtime/ring_attention.hpp"
 #include "runtime/ulysses_attention.hpp"
 #include "runtime/vanilla_attention.hpp"
@@ -15,6 +17,8 @@ std::span<const OperationEntry> operations() {
       flash_attention(),
       ring_attention(),
       ulysses_attention(),
+      hybrid_attention(),
+      blocksparse_attention(),
   };
   return kOperations;
 }

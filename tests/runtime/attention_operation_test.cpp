@@ -20,7 +20,7 @@ constexpr MeshCase kMeshes[] = {{1, "sp=1"},          {2, "sp=2"},      {3, "tp=
                                 {4, "sp=2,tp=2"},     {4, "dp=2,sp=2"}, {6, "sp=3,tp=2"},
                                 {8, "dp=2,sp=2,tp=2"}};
 
-constexpr const char* kOperations[] = {"vanilla", "flash", "ring", "ulysses"};
+constexpr const char* kOperations[] = {"vanilla", "flash", "ring", "ulysses", "splash"};
 
 void on_every_mesh(const std::function<void(Context&, const Mesh&)>& body) {
   for (const MeshCase& m : kMeshes) {
@@ -104,6 +104,49 @@ TEST_P(Deals, GiveTheSameResults) {
 INSTANTIATE_TEST_SUITE_P(All, Deals,
                          ::testing::Values(SequenceDeal::contiguous, SequenceDeal::zigzag,
                                            SequenceDeal::balanced));
+
+TEST(AttentionOperation, BlocksThatAreNotKeptAreNotSeen) {
+  OperationCase c;
+  c.shape = {.batch = 2,
+             .seq_q = 60,
+             .seq_kv = 60,
+             .q_heads = 6,
+             .kv_heads = 2,
+             .head_dim = 16,
+             .value_dim = 16};
+  c.options.causal = true;
+  c.options.mask.block_q = c.options.mask.block_kv = 8;
+  for (int block = 0; block < 64; ++block) {
+    c.options.mask.kept_blocks.push_back(block % 3 != 1 ? 1 : 0);
+  }
+  OperationTensors tensors = random_inputs(c);
+  run_reference(c, tensors, true);
+  on_every_mesh([&](Context& context, const Mesh& mesh) {
+    for (const char* operation : kOperations) {
+      expect_forward(context, operation, mesh, c, tensors, 2e-5);
+      expect_backward(context, operation, mesh, c, tensors, 1e-4);
+    }
+  });
+}
+
+TEST(AttentionOperation, HybridFollowsTheNodes) {
+  OperationCase c = rich_case(3, 8);
+  OperationTensors tensors = random_inputs(c);
+  run_reference(c, tensors, true);
+  for (const int ranks_per_node : {1, 2, 4}) {
+    for (const char* text : {"sp=4", "sp=8", "sp=4,tp=2", "dp=2,sp=4"}) {
+      const int ranks = std::string_view(text) == "sp=4" ? 4 : 8;
+      run_ranks(ranks,
+                [&](Communicator& group) {
+                  Context context(group);
+                  const Mesh mesh = Mesh::parse(text, ranks);
+                  expect_forward(context, "hybrid", mesh, c, tensors, 2e-5);
+                  expect_backward(context, "hybrid", mesh, c, tensors, 1e-4);
+                },
+                {.ranks_per_node = ranks_per_node});
+    }
+  }
+}
 
 TEST(AttentionOperation, RowsWithoutKeysAreZeroWithALogSumOfMinusInfinity) {
   OperationCase c;
