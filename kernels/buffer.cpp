@@ -9,6 +9,7 @@
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "kernels/host_copy.hpp"
+#include "kernels/host_memory.hpp"
 
 namespace annulus {
 namespace {
@@ -24,8 +25,8 @@ void* allocate_host(std::int64_t bytes) {
   const std::int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
   void* data =
       std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(rounded));
-  require(data != nullptr, ExitCode::no_memory, "memory: {} bytes wanted on the host, refused",
-          bytes);
+  require(data != nullptr, ExitCode::no_memory,
+          "memory: {} bytes wanted on the host, {} available", bytes, available_host_bytes());
 #ifdef MADV_HUGEPAGE
   if (alignment == kHugePage) {
     (void)madvise(data, static_cast<std::size_t>(rounded), MADV_HUGEPAGE);  // a wish

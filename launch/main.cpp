@@ -16,8 +16,8 @@ int main(int argc, char** argv) {
     return 0;
   } catch (const Error& error) {
     return launch::report_failure(error.code(), error.what());
-  } catch (const std::bad_alloc&) {
-    return launch::report_failure(ExitCode::no_memory, "out of memory");
+  } catch (const std::bad_alloc& error) {
+    return launch::report_failure(ExitCode::no_memory, error.what());
   } catch (const std::exception& error) {
     return launch::report_failure(ExitCode::internal, error.what());
   }

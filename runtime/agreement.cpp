@@ -55,9 +55,9 @@ void agree(Communicator& communicator, const std::function<void()>& step) {
   } catch (const Error& error) {
     code = static_cast<std::int32_t>(error.code());
     message = error.what();
-  } catch (const std::bad_alloc&) {
+  } catch (const std::bad_alloc& error) {
     code = static_cast<std::int32_t>(ExitCode::no_memory);
-    message = "memory: an allocation failed";
+    message = error.what();
   } catch (const std::exception& error) {
     code = static_cast<std::int32_t>(ExitCode::internal);
     message = error.what();
