@@ -22,6 +22,7 @@ namespace {
 std::array<std::atomic<void (*)() noexcept>, 8> actions{};
 std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
 
+constexpr std::int64_t kLongPauseNs = 2'000'000'000;
 constexpr std::int64_t kRecentSteps = 16;
 constexpr std::int64_t kRecentNs = 5'000'000'000;
 
@@ -70,6 +71,10 @@ void report(int signal, bool dump) noexcept {
   append_identity(line);
   line << name_of(signal) << " in ";
   append_whereabouts(line);
+  if (const std::int64_t paused = operation_log().paused_ns(); paused > kLongPauseNs) {
+    line << "; this process did not run for ";
+    line.seconds(paused) << " s";
+  }
   if (dump && dump_steps(name_of(signal))) line << "; last steps in " << dump_folder();
   line << "\n";
   line.write_to(STDERR_FILENO);
@@ -127,6 +132,7 @@ void install_signal_handlers() {
   use_own_stack();
   for (const int signal : {SIGTERM, SIGUSR1, SIGINT}) handle(signal, end_in_order, SA_RESTART);
   handle(SIGUSR2, show, SA_RESTART);
+  handle(SIGXFSZ, SIG_IGN, 0);  // a limit on the size of files is then an error of the write
   if (__asan_init != nullptr || __tsan_init != nullptr) return;  // their own reports say more
   for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {
     handle(signal, end_by_fault, static_cast<int>(SA_RESETHAND) | SA_ONSTACK);

@@ -32,6 +32,7 @@ namespace {
 
 constexpr int kQuestionTag = 1;
 constexpr int kAnswerTag = 2;
+constexpr int kDumpTag = 3;
 constexpr int kExitPeer = static_cast<int>(ExitCode::peer);
 constexpr unsigned kAbortPatienceSeconds = 4;
 constexpr std::int64_t kLongestTickNs = 250'000'000;
@@ -178,15 +179,22 @@ class Watchdog::Thread {
       std::int64_t tick = kLongestTickNs;
       {
         const std::lock_guard lock(mutex_);
-        tick = std::clamp(timeout_ns_ / 40, kShortestTickNs, kLongestTickNs);
+        tick = tick_ns();
         look();
       }
       std::this_thread::sleep_for(std::chrono::nanoseconds(tick));
     }
   }
 
+  std::int64_t tick_ns() const {
+    return std::clamp(timeout_ns_ / 40, kShortestTickNs, kLongestTickNs);
+  }
+
   void look() {
     const std::int64_t now = now_ns();
+    if (looked_ns_ != 0 && now - looked_ns_ > timeout_ns_ / 4)
+      patient_until_ns_ = now + timeout_ns_ / 4;
+    looked_ns_ = now;
     own_.sample(now);
     operation_log().note_running();
     const auto waiting = operation_log().waiting();
@@ -199,6 +207,8 @@ class Watchdog::Thread {
         return MPI_Test(&message.request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || done != 0;
       });
     }
+    // A process that was stopped itself knows nothing of the others yet.
+    if (now < patient_until_ns_) return;
     if (waiting && idle_ns(waiting, now) > timeout_ns_) give_up(*waiting, now);
   }
 
@@ -239,6 +249,7 @@ class Watchdog::Thread {
       listen();
       const int peer = group_->world_rank(status.MPI_SOURCE);
       if (status.MPI_TAG == kQuestionTag) send(peer, kAnswerTag, answer(now));
+      if (status.MPI_TAG == kDumpTag) static_cast<void>(dump_steps("timeout of another rank"));
       if (status.MPI_TAG == kAnswerTag) watch_.answered(peer, message, now);
     }
   }
@@ -317,7 +328,24 @@ class Watchdog::Thread {
     }
     text << "\n";
     text.write_to(STDERR_FILENO);
+    ask_for_dumps();
     abort_all();
+  }
+
+  /// Between the launcher's SIGTERM and SIGKILL a rank on a busy core may not get to its dump.
+  void ask_for_dumps() {
+    if (!asks_) return;
+    for (const int rank : group_->world_ranks()) {
+      if (rank != rank_) send(rank, kDumpTag, {});
+    }
+    const std::int64_t end = now_ns() + 2 * tick_ns();
+    while (now_ns() < end) {
+      for (Message& message : outgoing_) {
+        int done = 0;
+        static_cast<void>(MPI_Test(&message.request, &done, MPI_STATUS_IGNORE));
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
   }
 
   /// The job must end even where the launcher's daemons no longer answer MPI_Abort.
@@ -335,6 +363,8 @@ class Watchdog::Thread {
   std::mutex mutex_;  // all below, between the thread and the callers
   bool started_ = false;
   std::int64_t timeout_ns_ = 0;
+  std::int64_t looked_ns_ = 0;         // the last time; 0: never
+  std::int64_t patient_until_ns_ = 0;  // no judgement before
   WatchedPeers watch_{0};
   OwnProgress own_;
   MPI_Comm comm_ = MPI_COMM_NULL;
