@@ -51,8 +51,9 @@ class ForwardRows {
     row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
     buffers_ = {scratch.take(kPairRowsFloats), scratch.take(kKeyTile * kTileLanes),
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
-    for (std::int64_t row = 0; row < block.rows.rows(); row += kTileLanes) {
-      tiles_.push_back(start_tile(row, scratch));
+    for (std::int64_t row = 0; row < block.rows.rows();) {
+      tiles_.push_back(make_tile(row, scratch));
+      row += tiles_.back().rows.count;
     }
   }
 
@@ -75,10 +76,11 @@ class ForwardRows {
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
     }
     const Span all = block_.rows.keys;
-    for (std::int64_t key = all.begin; key < all.end; key += kChunkKeys) {
+    std::int64_t key = all.begin;
+    do {
       add_chunk(intersect(all, {key, key + kChunkKeys}));
-    }
-    for (QueryTile& tile : tiles_) end_tile(tile);
+      key += kChunkKeys;
+    } while (key < all.end);
   }
 
  private:
@@ -86,15 +88,16 @@ class ForwardRows {
     return std::min(kChunkKeys, round_up(block.keys.size(), kKeyTile));
   }
 
-  QueryTile start_tile(std::int64_t first_row, Scratch& scratch) {
+  QueryTile make_tile(std::int64_t first_row, Scratch& scratch) {
+    // A last tile of one vector would be bound by its broadcasts: four vectors go as 2 + 2.
+    const std::int64_t left = block_.rows.rows() - first_row;
+    const bool share = left > kTileLanes && left <= kTileLanes + kLanes;
     QueryTile tile;
-    tile.rows = rows_of_tile(block_.rows, first_row, kTileLanes);
+    tile.rows = rows_of_tile(block_.rows, first_row, share ? 2 * kLanes : kTileLanes);
     tile.vectors = (tile.rows.count + kLanes - 1) / kLanes;
     tile.q = scratch.take(problem_.head_dim() * kTileLanes);
     tile.o = scratch.take(problem_.value_dim() * kTileLanes);
     tile.state = {scratch.take(kTileLanes), scratch.take(kTileLanes)};
-    load_queries(tile);
-    start_state(tile);
     return tile;
   }
 
@@ -156,13 +159,38 @@ class ForwardRows {
   void add_chunk(Span chunk) {
     packed_.assign(static_cast<std::size_t>((chunk.size() + kKeyTile - 1) / kKeyTile), false);
     for (std::size_t first = 0; first < tiles_.size(); first += kTilesTogether) {
-      const std::size_t count = std::min(kTilesTogether, tiles_.size() - first);
+      const auto tiles = std::span(tiles_).subspan(first);
+      const auto together = tiles.first(std::min(kTilesTogether, tiles.size()));
+      if (chunk.begin == block_.rows.keys.begin) start_tiles(together);
+      prefetch_rows(together, problem_.q, together.size());
+      if (call_.o) prefetch_rows(together, call_.o, 0);
       for (std::size_t i = 0; i < packed_.size(); ++i) {
         const std::int64_t key = chunk.begin + static_cast<std::int64_t>(i) * kKeyTile;
-        add_keys(std::span(tiles_).subspan(first, count), i,
-                 intersect(chunk, {key, key + kKeyTile}));
+        add_keys(together, i, intersect(chunk, {key, key + kKeyTile}));
       }
+      if (chunk.end != block_.rows.keys.end) continue;
+      for (QueryTile& tile : together) end_tile(tile);
     }
+  }
+
+  void start_tiles(std::span<QueryTile> tiles) {
+    for (QueryTile& tile : tiles) {
+      load_queries(tile);
+      start_state(tile);
+    }
+  }
+
+  // Rows of a view [batch, seq_q, heads, dim] that belong to `tiles`, or as many `ahead` of them.
+  void prefetch_rows(std::span<QueryTile> tiles, const ConstTensorView& view, std::size_t ahead) {
+    const Span heads = block_.rows.q_heads;
+    const std::int64_t queries = tiles.back().rows.queries.end - tiles.front().rows.queries.begin;
+    const Span wanted = intersect(block_.rows.queries,
+                                  {tiles.front().rows.queries.begin + (ahead > 0 ? queries : 0),
+                                   tiles.back().rows.queries.end + (ahead > 0 ? queries : 0)});
+    if (view.strides[2] != view.shape[3] && heads.size() > 1) return;
+    prefetch_.add(RowPrefetch::Order::last, view,
+                  row_offset(view, block_.rows.batch, wanted.begin, heads.begin), view.strides[1],
+                  heads.size() * view.shape[3], wanted.size());
   }
 
   void add_keys(std::span<QueryTile> tiles, std::size_t index, Span keys) {
@@ -182,6 +210,12 @@ class ForwardRows {
   // [value_dim / 8, keys, 8]. Keys beyond the last are zeros: their products are computed and never
   // read.
   void pack_keys(Span keys, std::int64_t offset) {
+    for (const ConstTensorView* view : {&problem_.k, &problem_.v}) {
+      const Span next = intersect(block_.rows.keys, {keys.end, keys.end + kKeyTile});
+      prefetch_.add(RowPrefetch::Order::first, *view,
+                    row_offset(*view, block_.rows.batch, next.begin, block_.rows.kv_head),
+                    view->strides[1], view->shape[3], next.size());
+    }
     const std::int64_t head_dim = problem_.head_dim();
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
       const std::int64_t i = key - keys.begin;
@@ -215,7 +249,8 @@ class ForwardRows {
     float* p = p_ + before * kTileLanes;
     gemm<Update::overwrite, Layout::panels>({round_up(before + keys, 8), tile.vectors, head_dim},
                                             {k + (first_key - before) * head_dim, 8 * head_dim},
-                                            tile.q, kTileLanes, p_, kTileLanes);
+                                            tile.q, kTileLanes, p_, kTileLanes, nullptr,
+                                            &prefetch_);
     products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
     softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
     if (problem_.dropout.probability > 0.0F) {
@@ -225,7 +260,7 @@ class ForwardRows {
     }
     gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
                                           {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
-                                          kTileLanes, rescale_);
+                                          kTileLanes, rescale_, &prefetch_);
   }
 
   void end_tile(QueryTile& tile) {
@@ -292,6 +327,7 @@ class ForwardRows {
   float* rescale_ = nullptr;  // [lanes]
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
   PairBuffers buffers_;
+  RowPrefetch prefetch_;
   std::vector<bool> packed_;  // by key tile of the chunk
   std::vector<QueryTile> tiles_;
   std::vector<Slice> slices_;

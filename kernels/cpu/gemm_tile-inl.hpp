@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/row_prefetch.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
@@ -123,17 +124,20 @@ inline GemmA tile_rows(const float* tile) { return {tile, 8 * kTileLanes}; }
 
 template <int kVectors, Update kUpdate, Layout kLayout>
 void gemm_panels(std::int64_t rows, std::int64_t steps, const GemmA& a, const float* b,
-                 std::int64_t ldb, float* c, std::int64_t ldc, const float* factor) {
+                 std::int64_t ldb, float* c, std::int64_t ldc, const float* factor,
+                 RowPrefetch* prefetch) {
   for (std::int64_t row = 0; row < rows; row += kPanelRows) {
     const float* panel = a.data + row / 8 * a.panel_stride + row % 8 * kRowStride<kLayout>;
     gemm_panel<kVectors, kUpdate, kLayout>(steps, panel, b, ldb, c + row * ldc, ldc, factor);
+    if (prefetch != nullptr) prefetch->step();
   }
 }
 
-/// B, C and `factor` are vector-aligned, and so are ldb and ldc.
+/// B, C and `factor` are vector-aligned, and so are ldb and ldc. `prefetch` takes a step for each
+/// panel.
 template <Update kUpdate, Layout kLayout>
 void gemm(const GemmShape& shape, const GemmA& a, const float* b, std::int64_t ldb, float* c,
-          std::int64_t ldc, const float* factor = nullptr) {
+          std::int64_t ldc, const float* factor = nullptr, RowPrefetch* prefetch = nullptr) {
   std::int64_t left = shape.vectors;
   while (left > 0) {
     // Four vectors go as 2 + 2: a panel of one vector is bound by its broadcasts.
@@ -141,7 +145,7 @@ void gemm(const GemmShape& shape, const GemmA& a, const float* b, std::int64_t l
     const auto panels = vectors == 3   ? gemm_panels<3, kUpdate, kLayout>
                         : vectors == 2 ? gemm_panels<2, kUpdate, kLayout>
                                        : gemm_panels<1, kUpdate, kLayout>;
-    panels(shape.rows, shape.steps, a, b, ldb, c, ldc, factor);
+    panels(shape.rows, shape.steps, a, b, ldb, c, ldc, factor, prefetch);
     left -= vectors;
     b += vectors * kLanes;
     c += vectors * kLanes;

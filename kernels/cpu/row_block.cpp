@@ -11,13 +11,13 @@ Span heads_of_kv_head(const AttentionProblem& problem, std::int64_t kv_head) {
   return intersect({begin, begin + group}, {0, problem.q_heads()});
 }
 
-TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t lanes) {
+TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t most) {
   TileRows rows;
   rows.first_row = first_row;
-  rows.count = std::min(lanes, block.rows() - first_row);
+  rows.count = std::min(most, block.rows() - first_row);
   const std::int64_t heads = block.q_heads.size();
-  for (std::int64_t lane = 0; lane < lanes; ++lane) {
-    const std::int64_t row = std::min(first_row + lane, block.rows() - 1);
+  for (std::int64_t lane = 0; lane < kMaxLanes; ++lane) {
+    const std::int64_t row = first_row + std::min(lane, rows.count - 1);
     const auto i = static_cast<std::size_t>(lane);
     rows.query[i] = block.queries.begin + row / heads;
     rows.head[i] = block.q_heads.begin + row % heads;

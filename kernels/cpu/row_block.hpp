@@ -37,7 +37,8 @@ struct TileRows {
   std::array<std::int64_t, kMaxLanes> head{};
 };
 
-TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t lanes);
+/// The tile of at most `most` rows from `first_row` on.
+TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t most);
 
 /// Element offset of [b, s, h, 0] in a view [batch, seq, heads, dim].
 inline std::int64_t row_offset(const ConstTensorView& view, std::int64_t b, std::int64_t s,

@@ -160,6 +160,9 @@ PlainAttention plain_attention(const AttentionProblem& problem, ConstTensorView 
           const std::size_t k_at = k_rows.at(b, pair.k, kv);
           const float dp = rounded(dtype, dot(o_rows, o_at, v_rows, v_rows.at(b, pair.k, kv)));
           const float factor = dropout_factor(problem.dropout, b, h, q, pair.k);
+          plain.largest_term =
+              std::max({plain.largest_term, std::abs(static_cast<double>(dp * factor)),
+                        std::abs(delta[row])});
           const float p = rounded(dtype, std::exp(pair.logit - static_cast<float>(lse[row])));
           const std::size_t v_at = v_rows.at(b, pair.k, kv);
           each(v_rows.dim, [&](std::size_t d) {

@@ -1,0 +1,303 @@
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "kernels/attention.hpp"
+#include "kernels/random_attention.hpp"
+
+namespace annulus::testing {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+HostTensor normal(std::mt19937_64& random, DType dtype, const Shape& shape) {
+  return random_tensor(random, dtype, shape, 1.0);
+}
+
+HostTensor output(DType dtype, const Shape& shape) {
+  return shape.rank() == 3 ? HostTensor(dtype, shape, {0, 1, 2}, 3)
+                           : HostTensor(dtype, shape, {0, 1, 2, 3}, 5);
+}
+
+struct Case {
+  HostTensor q, k, v;
+  MaskSlices slices;
+  AttentionProblem problem;
+
+  Case(DType dtype, const Shape& rows, const Shape& keys, const AttentionMask& mask,
+       std::uint64_t salt)
+      : slices(make_slices(mask, rows[0], rows[1], keys[1])) {
+    std::mt19937_64 random(test_seed() + salt);
+    q = normal(random, dtype, rows);
+    k = normal(random, dtype, keys);
+    v = normal(random, dtype, keys);
+    problem.q = std::as_const(q).view();
+    problem.k = std::as_const(k).view();
+    problem.v = std::as_const(v).view();
+    problem.mask = slices.view();
+    problem.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(rows[3])));
+  }
+  Shape statistic() const { return {problem.batch(), problem.q_heads(), problem.seq_q()}; }
+};
+
+struct Output {
+  std::vector<double> o, log_sum_exp;
+};
+
+Output forward(const Case& c, std::string_view backend) {
+  HostTensor o = output(DType::f32, c.problem.q.shape);
+  HostTensor lse = output(DType::f32, c.statistic());
+  attention_forward({c.problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}}, backend);
+  return {o.values(), lse.values()};
+}
+
+double max_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  double worst = 0.0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double difference = a[i] == b[i] ? 0.0 : std::abs(a[i] - b[i]);
+    worst = std::isnan(difference) ? kInfinity : std::max(worst, difference);
+  }
+  return worst;
+}
+
+// Runs `work` with so many threads.
+template <typename Work>
+auto with_threads(int threads, const Work& work) {
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  auto result = work();
+  omp_set_num_threads(before);
+  return result;
+}
+
+AttentionMask causal() {
+  AttentionMask mask;
+  mask.causal = true;
+  return mask;
+}
+
+// Above 4,096 keys short queries are split into parts and merged.
+TEST(CpuSplitKeys, MatchesTheReferenceForDecodeAndShortQueries) {
+  for (const std::int64_t seq_q : {1, 2, 5, 16, 31}) {
+    for (const std::int64_t seq_kv : {4095, 4097, 9001}) {
+      const Case c(DType::bf16, Shape{2, seq_q, 8, 64}, Shape{2, seq_kv, 2, 64}, causal(),
+                   static_cast<std::uint64_t>(seq_q));
+      const Output ours = forward(c, "cpu");
+      const Output reference = forward(c, "reference");
+      EXPECT_LT(max_difference(ours.o, reference.o), 2e-6) << seq_q << " " << seq_kv;
+      // Sixteen roundings of a value near 9.
+      EXPECT_LT(max_difference(ours.log_sum_exp, reference.log_sum_exp), 1e-5) << seq_q;
+    }
+  }
+}
+
+TEST(CpuSplitKeys, ResumesACarriedStateAndFoldsSinksOnce) {
+  Case c(DType::f32, Shape{1, 2, 4, 32}, Shape{1, 5000, 2, 32}, {}, 3);
+  const std::vector<float> sinks{0.5F, -1.0F, 2.0F, 30.0F};
+  c.problem.sinks = ConstTensorView(sinks.data(), DType::f32, Shape{4});
+  const Output reference = forward(c, "reference");
+  HostTensor o = output(DType::f32, c.problem.q.shape);
+  HostTensor accumulator = output(DType::f32, c.problem.q.shape);
+  HostTensor max = output(DType::f32, c.statistic());
+  HostTensor sum = output(DType::f32, c.statistic());
+  const AttentionState state{accumulator.view(), max.view(), sum.view()};
+  const std::vector<Slice> first{{{0, 2}, {0, 4500}, {}}};
+  const std::vector<Slice> second{{{0, 2}, {4500, 5000}, {}}};
+  ForwardCall call{c.problem, state, ForwardCall::Start::fresh, {}, {}, {}};
+  call.problem.mask = {first, {}};
+  attention_forward(call, "cpu");
+  call.problem.mask = {second, {}};
+  call.start = ForwardCall::Start::resume;
+  call.o = o.view();
+  attention_forward(call, "cpu");
+  EXPECT_LT(max_difference(o.values(), reference.o), 2e-6);
+}
+
+TEST(CpuThreads, AnyNumberGivesTheSameBits) {
+  std::mt19937_64 random(test_seed());
+  for (const auto& [seq, keys] : {std::pair<std::int64_t, std::int64_t>{700, 700}, {3, 9000}}) {
+    const Case c(DType::f32, Shape{1, seq, 6, 40}, Shape{1, keys, 2, 40}, causal(), 11);
+    const HostTensor grad_o = normal(random, DType::f32, c.problem.q.shape);
+    const auto run = [&] {
+      Output out = forward(c, "cpu");
+      HostTensor lse = output(DType::f32, c.statistic());
+      lse.fill(out.log_sum_exp);
+      HostTensor delta = output(DType::f32, c.statistic());
+      delta.fill(std::vector<double>(out.log_sum_exp.size(), 0.25));
+      std::vector<HostTensor> grads;
+      for (const Shape& shape : {c.problem.q.shape, c.problem.k.shape, c.problem.v.shape}) {
+        grads.push_back(output(DType::f32, shape));
+        grads.back().fill(std::vector<double>(static_cast<std::size_t>(shape.elements()), 0.0));
+      }
+      attention_backward({c.problem,
+                          grad_o.view(),
+                          std::as_const(lse).view(),
+                          std::as_const(delta).view(),
+                          grads[0].view(),
+                          grads[1].view(),
+                          grads[2].view(),
+                          {},
+                          true,
+                          {}},
+                         "cpu");
+      std::vector<double> all = out.o;
+      for (const HostTensor& grad : grads) {
+        const std::vector<double> values = grad.values();
+        all.insert(all.end(), values.begin(), values.end());
+      }
+      return all;
+    };
+    const std::vector<double> one = with_threads(1, run);
+    for (const int threads : {2, 3, 7}) {
+      EXPECT_EQ(one, with_threads(threads, run)) << threads << " threads, " << seq << " queries";
+    }
+  }
+}
+
+// A shared bias gradient is written by all heads: they must take turns.
+TEST(CpuThreads, ASharedBiasGradientHasTheSameBits) {
+  Case c(DType::f32, Shape{2, 90, 6, 16}, Shape{2, 1300, 3, 16}, {}, 17);
+  std::mt19937_64 random(test_seed() + 18);
+  const HostTensor bias = normal(random, DType::f32, Shape{1, 1, 90, 1300});
+  c.problem.bias = bias.view();
+  const HostTensor grad_o = normal(random, DType::f32, c.problem.q.shape);
+  HostTensor lse = output(DType::f32, c.statistic());
+  lse.fill(forward(c, "cpu").log_sum_exp);
+  HostTensor delta = output(DType::f32, c.statistic());
+  delta.fill(std::vector<double>(lse.values().size(), 0.1));
+  const auto run = [&] {
+    HostTensor grad_bias = output(DType::f32, c.problem.bias.shape);
+    grad_bias.fill(std::vector<double>(bias.values().size(), 0.0));
+    attention_backward({c.problem,
+                        grad_o.view(),
+                        std::as_const(lse).view(),
+                        std::as_const(delta).view(),
+                        {},
+                        {},
+                        {},
+                        grad_bias.view(),
+                        true,
+                        {}},
+                       "cpu");
+    return grad_bias.values();
+  };
+  EXPECT_EQ(with_threads(1, run), with_threads(5, run));
+}
+
+// Σ grad_o·o in double, by the reference, as a function of one input element.
+double objective(const AttentionProblem& problem, const std::vector<double>& grad_o) {
+  HostTensor o(DType::f64,
+               Shape{problem.batch(), problem.seq_q(), problem.q_heads(), problem.value_dim()},
+               {0, 1, 2, 3}, 0);
+  attention_forward({problem, {}, ForwardCall::Start::fresh, o.view(), {}, {}}, "reference");
+  double sum = 0.0;
+  const std::vector<double> values = o.values();
+  for (std::size_t i = 0; i < values.size(); ++i) sum += values[i] * grad_o[i];
+  return sum;
+}
+
+// Central difference of the objective for one element of a tensor of doubles.
+double difference(const AttentionProblem& problem, const std::vector<double>& grad_o,
+                  HostTensor& tensor, std::size_t element) {
+  constexpr double kStep = 1e-5;
+  const std::vector<double> values = tensor.values();
+  std::vector<double> moved = values;
+  moved[element] = values[element] + kStep;
+  tensor.fill(moved);
+  const double above = objective(problem, grad_o);
+  moved[element] = values[element] - kStep;
+  tensor.fill(moved);
+  const double below = objective(problem, grad_o);
+  tensor.fill(values);
+  return (above - below) / (2.0 * kStep);
+}
+
+HostTensor in_double(const HostTensor& tensor) {
+  HostTensor copy(DType::f64, tensor.view().shape, {0, 1, 2, 3}, 0);
+  copy.fill(tensor.values());
+  return copy;
+}
+
+// The gradients of everything at once, against differences in double of the reference.
+TEST(CpuGradients, MatchFiniteDifferences) {
+  Case c(DType::f32, Shape{1, 7, 4, 16}, Shape{1, 9, 2, 16}, causal(), 23);
+  std::mt19937_64 random(test_seed() + 24);
+  const HostTensor bias = normal(random, DType::f32, Shape{1, 1, 7, 9});
+  const HostTensor grad_o = normal(random, DType::f32, c.problem.q.shape);
+  const std::vector<float> sinks{0.5F, -1.0F, 2.0F, 0.0F};
+  c.problem.bias = bias.view();
+  c.problem.soft_cap = 3.0F;
+  c.problem.sinks = ConstTensorView(sinks.data(), DType::f32, Shape{4});
+  c.problem.dropout = {0.25F, 99, 1, 2, {}, {}};
+
+  HostTensor o = output(DType::f32, c.problem.q.shape);
+  HostTensor lse = output(DType::f32, c.statistic());
+  HostTensor delta = output(DType::f32, c.statistic());
+  attention_forward({c.problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}}, "cpu");
+  attention_delta(std::as_const(o).view(), grad_o.view(), delta.view());
+  std::vector<HostTensor> grads;
+  for (const ConstTensorView& view : {c.problem.q, c.problem.k, c.problem.v, c.problem.bias}) {
+    grads.push_back(output(DType::f32, view.shape));
+    grads.back().fill(std::vector<double>(static_cast<std::size_t>(view.shape.elements()), 0.0));
+  }
+  attention_backward({c.problem,
+                      grad_o.view(),
+                      std::as_const(lse).view(),
+                      std::as_const(delta).view(),
+                      grads[0].view(),
+                      grads[1].view(),
+                      grads[2].view(),
+                      grads[3].view(),
+                      true,
+                      {}},
+                     "cpu");
+
+  std::vector<HostTensor> inputs;
+  for (const HostTensor* tensor :
+       {&std::as_const(c.q), &std::as_const(c.k), &std::as_const(c.v), &bias}) {
+    inputs.push_back(in_double(*tensor));
+  }
+  AttentionProblem exact = c.problem;
+  exact.q = std::as_const(inputs[0]).view();
+  exact.k = std::as_const(inputs[1]).view();
+  exact.v = std::as_const(inputs[2]).view();
+  exact.bias = std::as_const(inputs[3]).view();
+  const std::vector<double> grad_values = grad_o.values();
+  for (std::size_t t = 0; t < inputs.size(); ++t) {
+    const std::vector<double> ours = grads[t].values();
+    for (std::size_t i = 0; i < ours.size(); i += 5) {
+      EXPECT_NEAR(ours[i], difference(exact, grad_values, inputs[t], i), 1e-5)
+          << "tensor " << t << " element " << i;
+    }
+  }
+
+  std::vector<float> grad_sinks(4, 0.0F);
+  attention_sink_gradient(c.problem.sinks, std::as_const(lse).view(), std::as_const(delta).view(),
+                          TensorView(grad_sinks.data(), DType::f32, Shape{4}));
+  std::vector<float> moved = sinks;
+  exact.sinks = ConstTensorView(moved.data(), DType::f32, Shape{4});
+  for (std::size_t h = 0; h < 4; ++h) {
+    constexpr float kStep = 0x1p-10F;  // sinks are f32: a step that is exact there
+    moved[h] = sinks[h] + kStep;
+    const double above = objective(exact, grad_values);
+    moved[h] = sinks[h] - kStep;
+    const double below = objective(exact, grad_values);
+    moved[h] = sinks[h];
+    EXPECT_NEAR(static_cast<double>(grad_sinks[h]), (above - below) / (2.0 * 0x1p-10), 2e-5) << h;
+  }
+}
+
+TEST(CpuAttention, RefusesWhatItCannotServe) {
+  const Case c(DType::f32, Shape{1, 3, 1, 20}, Shape{1, 3, 1, 20}, {}, 5);
+  EXPECT_THROW(forward(c, "cpu"), std::exception);
+  EXPECT_EQ(select_backend(c.problem, Direction::forward).name, "reference");
+  const Case fits(DType::f16, Shape{1, 3, 1, 24}, Shape{1, 3, 1, 24}, {}, 6);
+  EXPECT_EQ(select_backend(fits.problem, Direction::backward).name, "cpu");
+}
+
+}  // namespace
+}  // namespace annulus::testing

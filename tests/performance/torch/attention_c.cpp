@@ -1,0 +1,75 @@
+// A C entry to the CPU kernels, so that torch_cpu_attention.py can time them on PyTorch's tensors.
+#include <cmath>
+#include <cstdio>
+#include <exception>
+
+#include "kernels/attention.hpp"
+
+namespace {
+
+using namespace annulus;
+
+AttentionProblem problem_of(const float* q, const float* k, const float* v, const Shape& shape,
+                            const MaskSlices& slices) {
+  AttentionProblem problem;
+  problem.q = ConstTensorView(q, DType::f32, shape);
+  problem.k = ConstTensorView(k, DType::f32, shape);
+  problem.v = ConstTensorView(v, DType::f32, shape);
+  problem.mask = slices.view();
+  problem.scale = 1.0F / std::sqrt(static_cast<float>(shape[3]));
+  return problem;
+}
+
+MaskSlices mask_of(std::int64_t seq, int causal) {
+  AttentionMask mask;
+  mask.causal = causal != 0;
+  return make_slices(mask, 1, seq, seq);
+}
+
+}  // namespace
+
+/// All tensors [1, seq, heads, head_dim] in f32; log_sum_exp [1, heads, seq]. 0 for success.
+extern "C" int annulus_forward(const float* q, const float* k, const float* v, float* o,
+                               float* log_sum_exp, std::int64_t seq, std::int64_t heads,
+                               std::int64_t head_dim, int causal) try {
+  const Shape shape{1, seq, heads, head_dim};
+  const MaskSlices slices = mask_of(seq, causal);
+  attention_forward({problem_of(q, k, v, shape, slices),
+                     {},
+                     ForwardCall::Start::fresh,
+                     TensorView(o, DType::f32, shape),
+                     TensorView(log_sum_exp, DType::f32, Shape{1, heads, seq}),
+                     {}},
+                    "cpu");
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
+
+/// Adds to the gradients; `delta` is scratch, [1, heads, seq].
+extern "C" int annulus_backward(const float* q, const float* k, const float* v, const float* o,
+                                const float* grad_o, const float* log_sum_exp, float* delta,
+                                float* grad_q, float* grad_k, float* grad_v, std::int64_t seq,
+                                std::int64_t heads, std::int64_t head_dim, int causal) try {
+  const Shape shape{1, seq, heads, head_dim};
+  const Shape statistic{1, heads, seq};
+  const MaskSlices slices = mask_of(seq, causal);
+  attention_delta(ConstTensorView(o, DType::f32, shape), ConstTensorView(grad_o, DType::f32, shape),
+                  TensorView(delta, DType::f32, statistic));
+  attention_backward({problem_of(q, k, v, shape, slices),
+                      ConstTensorView(grad_o, DType::f32, shape),
+                      ConstTensorView(log_sum_exp, DType::f32, statistic),
+                      ConstTensorView(delta, DType::f32, statistic),
+                      TensorView(grad_q, DType::f32, shape),
+                      TensorView(grad_k, DType::f32, shape),
+                      TensorView(grad_v, DType::f32, shape),
+                      {},
+                      true,
+                      {}},
+                     "cpu");
+  return 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
