@@ -22,6 +22,9 @@ namespace {
 // Keys of a tile. All KV heads read a tile before the next one is touched: heads lie next to each
 // other in memory, so that each page is translated once and read whole.
 constexpr std::int64_t kDecodeTile = 64;
+// Lines of the next tile to ask for with each small step of this one: K and V of 64 keys are 8
+// lines a key and head, and there are five steps.
+constexpr int kLinesOfStep = 2;
 // Scores of a row of keys, in whole vectors of any target.
 constexpr std::int64_t kScoreStride = kDecodeTile;
 
@@ -44,8 +47,8 @@ class DecodeRows {
         keys_(keys),
         k_stride_(round_up(problem.head_dim(), kLanesOrEight)),
         v_stride_(round_up(problem.value_dim(), kLanesOrEight)) {
-    row_ = scratch.take(k_stride_);
-    std::fill_n(row_, k_stride_, 0.0F);
+    k_ = scratch.take(kDecodeTile * k_stride_);
+    std::fill_n(k_, kDecodeTile * k_stride_, 0.0F);
     v_ = scratch.take(kDecodeTile * v_stride_);
     std::fill_n(v_, kDecodeTile * v_stride_, 0.0F);
     p_ = scratch.take(kMostDecodeRows * kScoreStride);
@@ -58,8 +61,7 @@ class DecodeRows {
   static std::int64_t scratch_floats(const AttentionProblem& problem) {
     const std::int64_t k_stride = round_up(problem.head_dim(), kLanesOrEight);
     const std::int64_t v_stride = round_up(problem.value_dim(), kLanesOrEight);
-    return Scratch::room_for(k_stride) + kDecodeTile * v_stride + kMostDecodeRows * kScoreStride +
-           128 +
+    return kDecodeTile * (k_stride + v_stride) + kMostDecodeRows * kScoreStride + 128 +
            problem.kv_heads() * (Scratch::room_for(kMostDecodeRows * k_stride) +
                                  Scratch::room_for(kMostDecodeRows * v_stride));
   }
@@ -67,6 +69,7 @@ class DecodeRows {
   void compute(const AttentionState& partial) {
     for (std::int64_t key = keys_.begin; key < keys_.end; key += kDecodeTile) {
       const Span tile = intersect(keys_, {key, key + kDecodeTile});
+      prefetch_tile(intersect(keys_, {tile.end, tile.end + kDecodeTile}));
       for (HeadRows& head : heads_) {
         for (const KeyRun& run :
              runs_.find(problem_.mask.of_batch(batch_), {0, problem_.seq_q()}, tile)) {
@@ -103,9 +106,8 @@ class DecodeRows {
   }
 
   void add_run(HeadRows& head, const KeyRun& run) {
-    for (std::int64_t r = 0; r < head.rows.count; r += 4) {
-      score(head, run, r);
-    }
+    load_tile(problem_.k, head, run, k_stride_, k_);
+    for (std::int64_t r = 0; r < head.rows.count; r += 4) score(head, run.keys.size(), r);
     float rescale[kMostDecodeRows] = {};
     for (std::int64_t r = 0; r < head.rows.count; ++r) {
       float* s = p_ + r * kScoreStride;
@@ -113,31 +115,47 @@ class DecodeRows {
       rescale[r] = softmax(run.keys.size(), s, head.max[r], head.sum[r]);
       if (problem_.dropout.probability > 0.0F) drop(head, run, r, s);
     }
-    load_values(head, run);
+    load_tile(problem_.v, head, run, v_stride_, v_);
     for (std::int64_t r = 0; r < head.rows.count; r += 4) {
       add_values(run.keys.size(), rescale + r, p_ + r * kScoreStride, head.o + r * v_stride_);
     }
   }
 
-  std::int64_t key_offset(const ConstTensorView& view, const HeadRows& head,
-                          std::int64_t key) const {
-    return row_offset(view, batch_, key, head.block.kv_head);
+  // Asks for the next tile in the order of memory. Its lines are fetched while this tile is
+  // computed on, so that memory and arithmetic overlap: the conversion to f32 finds them in L2.
+  void prefetch_tile(Span tile) {
+    for (const ConstTensorView* view : {&problem_.k, &problem_.v}) {
+      const bool heads_adjacent = view->strides[2] == view->shape[3];
+      if (heads_adjacent) {
+        prefetch_.add(RowPrefetch::Order::last, *view, row_offset(*view, batch_, tile.begin, 0),
+                      view->strides[1], view->shape[2] * view->shape[3], tile.size());
+        continue;
+      }
+      for (std::int64_t head = 0; head < problem_.kv_heads(); ++head) {
+        prefetch_.add(RowPrefetch::Order::last, *view, row_offset(*view, batch_, tile.begin, head),
+                      view->strides[1], view->shape[3], tile.size());
+      }
+    }
+  }
+
+  void load_tile(const ConstTensorView& view, const HeadRows& head, const KeyRun& run,
+                 std::int64_t stride, float* to) const {
+    for (std::int64_t key = run.keys.begin; key < run.keys.end; ++key) {
+      load_row(view.data, view.dtype, row_offset(view, batch_, key, head.block.kv_head),
+               view.shape[3], to + (key - run.keys.begin) * stride);
+    }
   }
 
   // Four rows of scores: one pass over the keys of the run.
-  void score(const HeadRows& head, const KeyRun& run, std::int64_t first) {
+  void score(const HeadRows& head, std::int64_t keys, std::int64_t first) {
     const Floats d;
     const float* q = head.q + first * k_stride_;
     float* s = p_ + first * kScoreStride;
-    for (std::int64_t key = run.keys.begin; key < run.keys.end; ++key) {
-      const std::int64_t at = key_offset(problem_.k, head, key);
-      if (key + kDecodeTile < keys_.end) {
-        prefetch_row_to_l2(problem_.k, at + kDecodeTile * problem_.k.strides[1]);
-      }
-      load_row(problem_.k.data, problem_.k.dtype, at, problem_.head_dim(), row_);
+    for (std::int64_t key = 0; key < keys; ++key) {
+      prefetch_.step(kLinesOfStep);
       FloatVec sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       for (std::int64_t i = 0; i < k_stride_; i += kLanes) {
-        const FloatVec k = hn::Load(d, row_ + i);
+        const FloatVec k = hn::Load(d, k_ + key * k_stride_ + i);
         HWY_UNROLL(4)
         for (int r = 0; r < 4; ++r) {
           sum[r] = hn::MulAdd(k, hn::Load(d, q + r * k_stride_ + i), sum[r]);
@@ -145,7 +163,7 @@ class DecodeRows {
       }
       HWY_UNROLL(4)
       for (int r = 0; r < 4; ++r) {
-        s[r * kScoreStride + key - run.keys.begin] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
+        s[r * kScoreStride + key] = hn::GetLane(hn::SumOfLanes(d, sum[r]));
       }
     }
   }
@@ -222,19 +240,8 @@ class DecodeRows {
     return rescale;
   }
 
-  void load_values(const HeadRows& head, const KeyRun& run) {
-    for (std::int64_t key = run.keys.begin; key < run.keys.end; ++key) {
-      const std::int64_t at = key_offset(problem_.v, head, key);
-      if (key + kDecodeTile < keys_.end) {
-        prefetch_row_to_l2(problem_.v, at + kDecodeTile * problem_.v.strides[1]);
-      }
-      load_row(problem_.v.data, problem_.v.dtype, at, problem_.value_dim(),
-               v_ + (key - run.keys.begin) * v_stride_);
-    }
-  }
-
   // o ← o·rescale + p·V for four rows, two vectors of columns at a time.
-  void add_values(std::int64_t keys, const float* rescale, const float* p, float* o) const {
+  void add_values(std::int64_t keys, const float* rescale, const float* p, float* o) {
     const Floats d;
     for (std::int64_t column = 0; column < v_stride_; column += 2 * kLanes) {
       const bool pair = column + kLanes < v_stride_;
@@ -244,6 +251,7 @@ class DecodeRows {
       const float* v = v_ + column;
       const std::int64_t second = pair ? kLanes : 0;
       for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
+        prefetch_.step(kLinesOfStep);
         const FloatVec v0 = hn::Load(d, v);
         const FloatVec v1 = hn::Load(d, v + second);
         HWY_UNROLL(4)
@@ -283,12 +291,13 @@ class DecodeRows {
   Span keys_;
   std::int64_t k_stride_;
   std::int64_t v_stride_;
-  float* row_ = nullptr;     // [head_dim], zeros up to a vector
+  float* k_ = nullptr;       // [keys, head_dim], zeros up to a vector
   float* v_ = nullptr;       // [keys, value_dim], zeros up to a vector
   float* p_ = nullptr;       // [rows, keys]
   float* factor_ = nullptr;  // [keys]
   std::vector<HeadRows> heads_;
   KeyRuns runs_;
+  RowPrefetch prefetch_;
 };
 
 std::int64_t decode_scratch_on_target(const AttentionProblem& problem) {

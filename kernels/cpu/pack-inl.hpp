@@ -79,15 +79,6 @@ HWY_INLINE void prefetch_row(const ConstTensorView& view, std::int64_t at) {
 
 inline constexpr std::int64_t kRowsAhead = 8;
 
-/// The same for a row needed a tile later: it waits in L2.
-HWY_INLINE void prefetch_row_to_l2(const ConstTensorView& view, std::int64_t at) {
-  const std::int64_t size = view.dtype == DType::f32 ? 4 : 2;
-  const auto* row = static_cast<const char*>(view.data) + at * size;
-  for (std::int64_t byte = 0; byte < view.shape[3] * size; byte += 64) {
-    __builtin_prefetch(row + byte, 0, 2);
-  }
-}
-
 // Round to nearest even; NaN keeps its sign and becomes quiet.
 template <class D, class V = hn::Vec<D>>
 HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> bf16_bits(D, V value) {

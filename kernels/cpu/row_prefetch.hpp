@@ -13,6 +13,8 @@ namespace annulus::kernels {
 /// tokens; fetched in one go they would take every line buffer from the products.
 class RowPrefetch {
  public:
+  bool empty() const { return size_ == 0; }
+
   /// Whether rows are needed before everything else that waits, or after it.
   enum class Order : std::uint8_t { first, last };
 
@@ -29,9 +31,13 @@ class RowPrefetch {
     ++size_;
   }
 
-  /// The next few lines; called once for each small product.
-  void step() {
-    for (int line = 0; line < kLinesOfStep && size_ > 0; ++line) {
+  // A product takes about 1,500 cycles, a line from memory about 300: three or four of the sixteen
+  // line buffers are in use.
+  static constexpr int kLinesOfProduct = 16;
+
+  /// The next few lines.
+  void step(int lines = kLinesOfProduct) {
+    for (int line = 0; line < lines && size_ > 0; ++line) {
       Rows& rows = queue_[first_];
       __builtin_prefetch(rows.data + rows.byte, 0, 2);
       rows.byte += 64;
@@ -40,10 +46,6 @@ class RowPrefetch {
   }
 
  private:
-  // A product takes about 1,500 cycles, a line from memory about 300: three or four of the sixteen
-  // line buffers are in use.
-  static constexpr int kLinesOfStep = 16;
-
   struct Rows {
     const char* data = nullptr;
     std::int64_t stride = 0;
