@@ -10,11 +10,18 @@
 #include "launch/bench.hpp"
 #include "launch/diverged.hpp"
 #include "launch/info.hpp"
+#include "launch/ops.hpp"
+#include "launch/run.hpp"
+#include "launch/verify.hpp"
 
 namespace annulus::launch {
 namespace {
 
 constexpr std::array kCommands = {
+    Command{"run", "attention over the tensors of an HDF5 file", run_attention},
+    Command{"verify", "recomputes rows of an output in double and prints the errors",
+            verify_output},
+    Command{"ops", "the operations, their aliases and what each accepts", list_operations},
     Command{"info", "the build, MPI, devices and ranks per node", show_info},
     Command{"diverged", "the first rank that left the course of a job that hung", name_diverged},
     Command{"bench", "measures kernels, ring, io, decode beside their ceilings", run_bench},

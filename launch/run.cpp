@@ -1,0 +1,193 @@
+#include "launch/run.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/error.hpp"
+#include "launch/check_finite.hpp"
+#include "launch/input_digest.hpp"
+#include "launch/mask_input.hpp"
+#include "launch/options.hpp"
+#include "launch/report.hpp"
+#include "launch/run_input.hpp"
+#include "launch/run_output.hpp"
+#include "runtime/checkpoint.hpp"
+#include "runtime/checkpoint_output.hpp"
+#include "runtime/context.hpp"
+#include "runtime/operation_registry.hpp"
+#include "runtime/watchdog.hpp"
+#include "sharding/mesh.hpp"
+
+namespace annulus::launch {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Without a mesh all ranks share the sequence.
+Mesh mesh_of(const RunOptions& options, int ranks) {
+  return Mesh::parse(options.mesh.empty() ? "sp=-1" : options.mesh, ranks);
+}
+
+// The input's float type, unless asked otherwise; only the reference computes in double.
+DType runtime_dtype(const RunOptions& options, const Checkpoint& checkpoint) {
+  const DType stored = checkpoint.dtype(CheckpointField::query);
+  return options.dtype.value_or(stored == DType::f64 ? DType::f32 : stored);
+}
+
+std::unique_ptr<OperationImpl> make_operation(Context& context, const RunOptions& options,
+                                              DType dtype) {
+  OperationConfig config;
+  config.mesh = mesh_of(options, context.size());
+  config.runtime_dtype = dtype;
+  if (!options.backend.empty()) config.backend = options.backend;
+  config.softmax_scale = options.scale;
+  config.dropout_prob = options.dropout;
+  return OperationRegistry::create(options.operation, resolve_metadata(context, config));
+}
+
+SequenceDeal deal_of(const std::string& layout) {
+  if (layout == "zigzag") return SequenceDeal::zigzag;
+  return layout == "balanced" ? SequenceDeal::balanced : SequenceDeal::contiguous;
+}
+
+AttentionOptions attention_options(Context& context, const RunOptions& options,
+                                   const Checkpoint& checkpoint, bool causal) {
+  AttentionOptions attention;
+  attention.causal = causal;
+  attention.mask = read_mask(context.world(), checkpoint, options, causal);
+  attention.scale = options.scale;
+  attention.soft_cap = options.soft_cap;
+  attention.dropout = options.dropout;
+  attention.seed = options.seed;
+  attention.deal = deal_of(options.layout);
+  attention.output_dtype = options.output_dtype;
+  attention.attention_weights = options.weights;
+  attention.reproducible = options.reproducible;
+  return attention;
+}
+
+struct RankFigures {
+  double seconds = 0.0;
+  double compute = 0.0;
+  double exposed = 0.0;
+  double bytes = 0.0;
+};
+
+// Figures of one step over all ranks. Collective.
+Report make_report(Context& context, const RunOptions& options, const Mesh& mesh,
+                   const AttentionShape& shape, const OperationReport& mine, double seconds) {
+  const RankFigures figures{seconds, mine.compute_seconds, mine.exposed_communication_seconds,
+                            static_cast<double>(mine.bytes_sent)};
+  std::vector<RankFigures> all(static_cast<std::size_t>(context.size()));
+  context.world().all_gather(std::as_bytes(std::span(&figures, 1)),
+                             std::as_writable_bytes(std::span(all)));
+  Report report;
+  report.operation = options.operation;
+  report.mesh = mesh.to_string();
+  report.ranks = context.size();
+  const auto ranks = static_cast<double>(context.size());
+  for (const RankFigures& rank : all) {
+    report.seconds = std::max(report.seconds, rank.seconds);
+    report.compute_seconds += rank.compute / ranks;
+    report.exposed_communication_seconds += rank.exposed / ranks;
+    report.bytes_sent += static_cast<std::int64_t>(rank.bytes);
+  }
+  report.imbalance = mine.imbalance;
+  // A pair costs a product and a sum in each dimension of keys and of values.
+  const double flops = mine.pairs * 2.0 * static_cast<double>(shape.head_dim + shape.value_dim);
+  report.tflops = flops / report.seconds / 1e12;
+  return report;
+}
+
+void check_finite_input(Context& context, const RunInput& input) {
+  check_finite(context, "query", input.query);
+  check_finite(context, "key", input.key);
+  check_finite(context, "value", input.value);
+  if (input.sinks) check_finite(context, "sinks", *input.sinks, true);
+  if (input.bias) check_finite(context, "bias", *input.bias, true);
+}
+
+void check_finite_output(Context& context, const OperationOutput& output,
+                         const OperationGradients& gradients) {
+  check_finite(context, "attention_outputs", output.attention_outputs);
+  check_finite(context, "log_sum_exp", output.log_sum_exp, true);
+  check_finite(context, "grad_query", gradients.query);
+  check_finite(context, "grad_key", gradients.key);
+  check_finite(context, "grad_value", gradients.value);
+}
+
+OperationReport sum_of(const OperationReport& forward, const OperationReport& backward) {
+  OperationReport sum = forward;
+  sum.compute_seconds += backward.compute_seconds;
+  sum.exposed_communication_seconds += backward.exposed_communication_seconds;
+  sum.bytes_sent += backward.bytes_sent;
+  return sum;
+}
+
+void run(Context& context, const RunOptions& options) {
+  const Mesh mesh = mesh_of(options, context.size());
+  static_cast<void>(OperationRegistry::get(options.operation));  // refused before files are read
+  if (!options.output.empty()) {
+    require_writable_output(context.world(), options.output, options.force);
+  }
+  const Checkpoint checkpoint(context.world(), options.input);
+  const std::unique_ptr<OperationImpl> operation =
+      make_operation(context, options, runtime_dtype(options, checkpoint));
+  const bool causal = options.causal.value_or(operation->causal_by_default());
+  const AttentionShape shape = attention_shape(checkpoint);
+  const AttentionOptions attention = attention_options(context, options, checkpoint, causal);
+  const AttentionLayouts layouts = operation->layouts(shape, attention);
+  const RunInput input =
+      read_input(context, checkpoint, layouts, operation->metadata().runtime_dtype);
+  if (options.check_finite) check_finite_input(context, input);
+
+  context.world().barrier();  // reading is not timed
+  const Clock::time_point begin = Clock::now();
+  const OperationOutput output = (*operation)(input.view(), attention);
+  OperationGradients gradients;
+  if (options.backward) {
+    const DistributedTensor grad_output =
+        read_field(context, checkpoint, CheckpointField::grad_output, layouts.output,
+                   operation->metadata().runtime_dtype);
+    gradients = operation->backward(input.view(), attention, output, grad_output);
+  }
+  const double seconds = seconds_since(begin);
+  if (options.check_finite) check_finite_output(context, output, gradients);
+
+  Provenance provenance{
+      causal, "",
+      make_report(context, options, mesh, shape, sum_of(output.report, gradients.report), seconds)};
+  if (!options.output.empty()) {
+    provenance.input_digest = input_digest(context.world(), options.input.path);
+    write_output(context, options, output, gradients, provenance);
+  }
+  if (context.rank() != 0) return;
+  const Report& report = provenance.report;
+  fmt::print("{}\n", options.json ? to_json(report).dump() : report_line(report));
+}
+
+}  // namespace
+
+void run_attention(Arguments arguments) {
+  const std::optional<RunOptions> options = parse_run_options(arguments);
+  if (!options) return;
+  require(options->backward == !options->input.dataset(CheckpointField::grad_output).empty(),
+          ExitCode::usage, "annulus run: --backward and --grad-output go together");
+  Watchdog::of_process().start(options->timeout_seconds);
+  Context context;
+  run(context, *options);
+}
+
+}  // namespace annulus::launch

@@ -1,0 +1,243 @@
+#include "launch/verify.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/error.hpp"
+#include "launch/mask_input.hpp"
+#include "launch/options.hpp"
+#include "launch/parse.hpp"
+#include "launch/report.hpp"
+#include "launch/sampled_rows.hpp"
+#include "runtime/checkpoint.hpp"
+#include "runtime/context.hpp"
+#include "runtime/hdf5_file.hpp"
+
+namespace annulus::launch {
+namespace {
+
+constexpr const char* kOutputs = "output/attention_outputs";
+constexpr const char* kLogSumExp = "output/log_sum_exp";
+// Products of the double loops that all ranks share: about a second of one core.
+constexpr double kWork = 1.3e9;
+constexpr std::uint64_t kSeed = 20240229;
+constexpr std::int64_t kRowsAtOnce = 512;
+
+/// Largest differences, and how much was compared.
+struct Errors {
+  double outputs = 0.0;
+  double log_sum_exp = 0.0;
+  double stored = -1.0;  // -1: no stored reference
+  double largest = 0.0;  // of the recomputed outputs
+  double rows = 0.0;
+};
+
+/// The difference, infinite unless both are finite or the same.
+double difference(double a, double b) {
+  if (a == b || (std::isnan(a) && std::isnan(b))) return 0.0;
+  const double apart = std::abs(a - b);
+  return std::isnan(apart) ? std::numeric_limits<double>::infinity() : apart;
+}
+
+std::vector<double> read_doubles(const Hdf5File& file, const DatasetInfo& dataset,
+                                 const Selection& selection) {
+  std::vector<double> values(static_cast<std::size_t>(selection.shape().elements()));
+  file.read(dataset, selection, {values.data(), DType::f64, selection.shape()});
+  return values;
+}
+
+/// An output, the input it came from and how it was made.
+struct Subject {
+  Hdf5File output;
+  RunOptions options;
+  Report report;
+  DatasetInfo outputs;
+  std::optional<DatasetInfo> log_sum_exp;
+};
+
+std::string kept_attribute(const Hdf5File& file, const std::string& name) {
+  const std::optional<std::string> text = file.text_attribute("output", name);
+  require(text.has_value(), ExitCode::bad_data,
+          "verify: {}: no attribute \"{}\" on /output; expected a file that annulus run wrote",
+          file.path(), name);
+  return *text;
+}
+
+Subject open_subject(const VerifyOptions& options) {
+  Hdf5File file(options.output);
+  DatasetInfo outputs = file.describe(kOutputs);
+  RunOptions run = restore_run_options(kept_attribute(file, "options"));
+  run.input.path = options.input;
+  Report report = report_from_text(kept_attribute(file, "report"));
+  std::optional<DatasetInfo> log_sum_exp;
+  const std::vector<std::string> paths = file.dataset_paths();
+  if (std::find(paths.begin(), paths.end(), kLogSumExp) != paths.end()) {
+    log_sum_exp = file.describe(kLogSumExp);
+  }
+  return {std::move(file), std::move(run), std::move(report), std::move(outputs), log_sum_exp};
+}
+
+void require_same_shape(const Subject& subject, const Checkpoint& input) {
+  const Shape& query = input.shape(CheckpointField::query);
+  const Shape expected{query[0], query[1], query[2], input.shape(CheckpointField::value)[3]};
+  require(subject.outputs.shape == expected, ExitCode::bad_data,
+          "verify: {}: {} has shape {}, the input {} leads to {}", subject.output.path(), kOutputs,
+          subject.outputs.shape.to_string(), input.file().path(), expected.to_string());
+}
+
+void compare_rows(const Subject& subject, const RowSample& sample, const DoubleRows& expected,
+                  Errors& errors) {
+  std::vector<Span> rows;
+  for (const std::int64_t row : sample.rows) rows.push_back({row, row + 1});
+  const Span batch{sample.batch, sample.batch + 1};
+  const Span head{sample.q_head, sample.q_head + 1};
+  const std::vector<double> found =
+      read_doubles(subject.output, subject.outputs,
+                   Selection(subject.outputs.shape).set(0, {batch}).set(1, rows).set(2, {head}));
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    errors.outputs = std::max(errors.outputs, difference(found[i], expected.outputs[i]));
+    errors.largest = std::max(errors.largest, std::abs(expected.outputs[i]));
+  }
+  errors.rows += static_cast<double>(sample.rows.size());
+  if (!subject.log_sum_exp) return;
+  const std::vector<double> lse = read_doubles(
+      subject.output, *subject.log_sum_exp,
+      Selection(subject.log_sum_exp->shape).set(0, {batch}).set(1, {head}).set(2, rows));
+  for (std::size_t i = 0; i < lse.size(); ++i) {
+    errors.log_sum_exp = std::max(errors.log_sum_exp, difference(lse[i], expected.log_sum_exp[i]));
+  }
+}
+
+/// The dataset attention_outputs in the queries' group, when it has the output's shape.
+std::optional<DatasetInfo> stored_reference(const Subject& subject, const Checkpoint& input) {
+  const std::string& query = input.dataset(CheckpointField::query).path;
+  const auto slash = query.rfind('/');
+  const std::string path =
+      (slash == std::string::npos ? "" : query.substr(0, slash + 1)) + "attention_outputs";
+  const std::vector<std::string> paths = input.file().dataset_paths();
+  if (std::find(paths.begin(), paths.end(), path) == paths.end()) return std::nullopt;
+  const DatasetInfo info = input.file().describe(path);
+  if (info.shape != subject.outputs.shape) return std::nullopt;
+  return info;
+}
+
+void compare_stored(const Subject& subject, const Checkpoint& input, const Communicator& ranks,
+                    Errors& errors) {
+  const std::optional<DatasetInfo> reference = stored_reference(subject, input);
+  if (!reference) return;
+  errors.stored = 0.0;
+  const Shape& shape = reference->shape;
+  for (std::int64_t begin = kRowsAtOnce * ranks.rank(); begin < shape[1];
+       begin += kRowsAtOnce * ranks.size()) {
+    const Selection rows =
+        Selection(shape).set(1, {{begin, std::min(begin + kRowsAtOnce, shape[1])}});
+    const std::vector<double> expected = read_doubles(input.file(), *reference, rows);
+    const std::vector<double> found = read_doubles(subject.output, subject.outputs, rows);
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      errors.stored = std::max(errors.stored, difference(found[i], expected[i]));
+    }
+  }
+}
+
+Errors worst_of_all(Communicator& ranks, const Errors& mine) {
+  std::vector<Errors> all(static_cast<std::size_t>(ranks.size()));
+  ranks.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+  Errors worst;
+  for (const Errors& one : all) {
+    worst = {std::max(worst.outputs, one.outputs), std::max(worst.log_sum_exp, one.log_sum_exp),
+             std::max(worst.stored, one.stored), std::max(worst.largest, one.largest),
+             worst.rows + one.rows};
+  }
+  return worst;
+}
+
+/// fp32 arithmetic stays within 2e-5; a 16-bit type anywhere adds a few of its roundings, relative
+/// to the largest output: inputs and outputs are rounded to it, and so may the weights be.
+double tolerance(const Subject& subject, const Checkpoint& input, double largest) {
+  double epsilon = 0.0;
+  for (const DType dtype : {subject.outputs.type.dtype, input.dtype(CheckpointField::query),
+                            subject.options.dtype.value_or(DType::f32)}) {
+    if (dtype == DType::f16) epsilon = std::max(epsilon, 0x1p-11);
+    if (dtype == DType::bf16) epsilon = std::max(epsilon, 0x1p-8);
+  }
+  return 2e-5 + 4.0 * epsilon * largest;
+}
+
+void print_table(const Subject& subject, const Checkpoint& input, const Errors& errors,
+                 double allowed) {
+  const Report& report = subject.report;
+  const auto line = [](const std::string& what, const std::string& value) {
+    fmt::print("{:<18} {}\n", what, value);
+  };
+  const bool causal = subject.options.causal.value_or(false);
+  const Shape& query = input.shape(CheckpointField::query);
+  line("operation", report.operation + ", " + describe_mask(subject.options, causal));
+  line("ranks", std::to_string(report.ranks));
+  line("mesh", report.mesh);
+  line("query", fmt::format("{} {}", query.to_string(), name(input.dtype(CheckpointField::query))));
+  line("key", input.shape(CheckpointField::key).to_string());
+  line("value", input.shape(CheckpointField::value).to_string());
+  line("time", format_seconds(report.seconds));
+  line("rows in double", fmt::format("{:.0f} of {}", errors.rows, query[0] * query[1] * query[2]));
+  line("max error", fmt::format("{:.2e}", errors.outputs));
+  if (subject.log_sum_exp) line("max error of LSE", fmt::format("{:.2e}", errors.log_sum_exp));
+  if (errors.stored >= 0.0) line("to the reference", fmt::format("{:.2e}", errors.stored));
+  line("allowed", fmt::format("{:.2e}", allowed));
+}
+
+void print_json(const Subject& subject, const Errors& errors, double allowed) {
+  nlohmann::json json = to_json(subject.report);
+  json["max_error"] = errors.outputs;
+  if (subject.log_sum_exp) json["max_error_log_sum_exp"] = errors.log_sum_exp;
+  if (errors.stored >= 0.0) json["max_error_stored_reference"] = errors.stored;
+  json["rows"] = static_cast<std::int64_t>(errors.rows);
+  json["tolerance"] = allowed;
+  fmt::print("{}\n", json.dump());
+}
+
+}  // namespace
+
+void verify_output(Arguments arguments) {
+  const std::optional<VerifyOptions> options = parse_verify_options(arguments);
+  if (!options) return;
+  Context context;
+  Communicator& ranks = context.world();
+  const std::unique_ptr<Communicator> alone = ranks.split(ranks.rank(), 0);
+  const Subject subject = open_subject(*options);
+  const Checkpoint input(*alone, subject.options.input);
+  require_same_shape(subject, input);
+
+  const Shape& query = input.shape(CheckpointField::query);
+  const std::int64_t seq_kv = input.shape(CheckpointField::key)[1];
+  const MaskSlices mask =
+      make_slices(read_mask(*alone, input, subject.options, subject.options.causal.value_or(false)),
+                  query[0], query[1], seq_kv);
+  const std::vector<RowSample> samples =
+      sample_rows(query, seq_kv, input.shape(CheckpointField::value)[3], kWork, kSeed);
+  Errors errors;
+  for (std::size_t i = static_cast<std::size_t>(ranks.rank()); i < samples.size();
+       i += static_cast<std::size_t>(ranks.size())) {
+    compare_rows(subject, samples[i], recompute(*alone, input, subject.options, mask, samples[i]),
+                 errors);
+  }
+  compare_stored(subject, input, ranks, errors);
+  errors = worst_of_all(ranks, errors);
+
+  const double allowed = tolerance(subject, input, errors.largest);
+  if (ranks.rank() == 0 && options->json) print_json(subject, errors, allowed);
+  if (ranks.rank() == 0 && !options->json) print_table(subject, input, errors, allowed);
+  // The logarithm of a sum is as exact as the logits, which the products' rounding limits.
+  const double found = std::max({errors.outputs, errors.log_sum_exp, errors.stored});
+  require(found <= allowed, ExitCode::bad_data, "verify: {}: error {:.2e}, at most {:.2e} expected",
+          options->output, found, allowed);
+}
+
+}  // namespace annulus::launch
