@@ -179,7 +179,8 @@ template <typename Visit>
 void for_each_row(const ConstTensorView& from, const TensorView& to, const Visit& visit) {
   static_assert(Shape::kMaxRank == 5);
   const Dimensions dims = merged(from, to);
-  const auto& [a, b, c, d, row] = dims;
+  // References by name: clang before 16 cannot capture structured bindings.
+  const auto &a = dims[0], &b = dims[1], &c = dims[2], &d = dims[3], &row = dims[4];
   const std::int64_t from_bytes = size_bytes(from.dtype), to_bytes = size_bytes(to.dtype);
   const auto visit_at = [&](std::int64_t i, std::int64_t j, std::int64_t k, std::int64_t l) {
     const std::int64_t from_offset =
