@@ -10,6 +10,8 @@ namespace annulus::kernels::sm90 {
 template <typename Tile>
 __device__ void init_barriers(SharedTile<Tile>& shared) {
   constexpr int kConsumerWarps = Tile::kWarpgroups * 4;
+  mbarrier_init(&shared.work_full, 1);
+  mbarrier_init(&shared.work_empty, 1);
   for (int i = 0; i < Tile::kQueryBuffers; ++i) {
     mbarrier_init(&shared.q_full[i], 1);
     mbarrier_init(&shared.q_empty[i], kConsumerWarps);
@@ -39,6 +41,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     shrink_registers<Tile::kProducerRegisters>();
     if (threadIdx.x == 0) ForwardProducer<Tile>(params, shared).run();
+    if (threadIdx.x == 32) ForwardScheduler<Tile>(params, shared).run();
   } else {
     grow_registers<Tile::kConsumerRegisters>();
     ForwardConsumer<Tile, kSoftCap>(params, shared, warpgroup - 1).run();

@@ -8,13 +8,14 @@
 #include "kernels/sm90/forward_work.hpp"
 #include "kernels/sm90/tensor_map.hpp"
 #include "kernels/sm90/ticket_counter.hpp"
+#include "kernels/sm90/work_tables.hpp"
 
 namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr int kRows = 64;             // of a warpgroup
-constexpr double kWideKeys = 1000.0;  // a tile that meets fewer is better narrow (measured)
+constexpr int kRows = 64;          // of a warpgroup
+constexpr double kWideGain = 1.1;  // in rate, of 192 rows over 128 (measured)
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of keys and values in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -113,36 +114,6 @@ void set_outputs(ForwardParams& params, const ForwardCall& call) {
   }
 }
 
-/// Device copy of the work table, freed in stream order behind the kernel that reads it.
-class DeviceWork {
- public:
-  DeviceWork(const ForwardWork& work, cudaStream_t stream) : stream_(stream) {
-    if (work.entries.empty()) return;
-    const std::size_t slice_bytes = work.slices.size() * sizeof(TileSlice);
-    const std::size_t entry_bytes = work.entries.size() * sizeof(TileEntry);
-    ANNULUS_CHECK_CUDA(cudaMallocAsync(&data_, slice_bytes + entry_bytes, stream));
-    entries = reinterpret_cast<TileEntry*>(static_cast<char*>(data_) + slice_bytes);
-    slices = static_cast<TileSlice*>(data_);
-    // From pageable memory: both copies have read their source when they return.
-    ANNULUS_CHECK_CUDA(
-        cudaMemcpyAsync(data_, work.slices.data(), slice_bytes, cudaMemcpyHostToDevice, stream));
-    ANNULUS_CHECK_CUDA(cudaMemcpyAsync(static_cast<char*>(data_) + slice_bytes, work.entries.data(),
-                                       entry_bytes, cudaMemcpyHostToDevice, stream));
-  }
-  ~DeviceWork() {
-    if (data_ != nullptr) cudaFreeAsync(data_, stream_);
-  }
-  DeviceWork(const DeviceWork&) = delete;
-  DeviceWork& operator=(const DeviceWork&) = delete;
-
-  const TileSlice* slices = nullptr;
-  const TileEntry* entries = nullptr;
-
- private:
-  void* data_ = nullptr;
-  cudaStream_t stream_;
-};
-
 int multiprocessors() {
   int device = 0;
   int count = 0;
@@ -158,19 +129,23 @@ void set_tickets(ForwardParams& params, const ForwardWork& work, const Attention
       work.per_batch ? params.packs : narrow(std::int64_t{params.packs} * problem.batch());
   const std::int64_t bytes =
       std::max<std::int64_t>(keys * (problem.head_dim() + problem.value_dim()) * 2, 1);
-  const std::int64_t units_per_kv_head = std::max<std::int64_t>(1, params.group_size / params.pack);
+  const std::int64_t per_kv_head = std::max<std::int64_t>(1, params.group_size / params.pack);
   params.section_units = static_cast<std::int32_t>(
-      std::clamp<std::int64_t>(kSectionBytes / bytes * units_per_kv_head, 1, params.units));
+      std::clamp<std::int64_t>(kSectionBytes / bytes * per_kv_head, 1, params.units));
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
   params.last_tile_first = work.last_tile_first;
 }
 
+/// By the pairs that the tiles compute, kept or not.
 const ForwardVariant& choose_variant(const AttentionProblem& problem,
                                      std::span<const ForwardSegment> segments,
                                      const ForwardVariants& variants) {
-  const double keys =
-      mean_keys(segments, problem.batch(), problem.seq_q(), variants.wide.warpgroups * kRows);
-  return keys < kWideKeys ? variants.narrow : variants.wide;
+  const auto pairs = [&](const ForwardVariant& variant) {
+    return computed_pairs(segments, problem.batch(), problem.seq_q(), variant.warpgroups * kRows,
+                          variant.block);
+  };
+  return pairs(variants.wide) <= kWideGain * pairs(variants.narrow) ? variants.wide
+                                                                    : variants.narrow;
 }
 
 }  // namespace
@@ -199,9 +174,9 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   const ForwardWork work =
       plan_forward(segments, problem.batch(), problem.seq_q(),
                    static_cast<std::int32_t>(variant.warpgroups * params.warpgroup_queries));
-  const DeviceWork device_work(work, stream);
-  params.slice_table = device_work.slices;
-  params.entry_table = device_work.entries;
+  const WorkTables tables = work_tables(work, stream);
+  params.slice_table = tables.slices;
+  params.entry_table = tables.entries;
   if (work.entries.empty()) {
     params.inline_slices = static_cast<std::int32_t>(work.slices.size());
     std::copy(work.slices.begin(), work.slices.end(), params.slices);

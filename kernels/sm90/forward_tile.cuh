@@ -47,6 +47,13 @@ struct BlockNote {
   std::int32_t q_begin, q_end, k_first, k_end;
 };
 
+/// What the scheduler tells the producer: a tile, and the slices that may meet it.
+struct alignas(16) TileWork {
+  std::int32_t q_begin, q_last, batch, pack_index, kv_head;
+  std::int32_t slice_begin, slice_end;
+  std::int32_t ticket, blocks;
+};
+
 struct TileNote {
   std::int32_t q_begin, unit_head, batch, reserved;
 };
@@ -65,6 +72,8 @@ struct SharedTile {
   alignas(1024) Element v[kStages][Tile::kBlock * Tile::kValueDim];
   alignas(16) BlockNote blocks[kStages];
   alignas(16) TileNote tiles[kTileNotes];
+  TileWork work;
+  std::uint64_t work_full, work_empty;
   std::uint64_t q_full[kBuffers], q_empty[kBuffers];
   std::uint64_t k_full[kStages], k_empty[kStages];
   std::uint64_t v_full[kStages], v_empty[kStages];

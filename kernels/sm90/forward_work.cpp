@@ -98,19 +98,20 @@ void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile
 
 }  // namespace
 
-double mean_keys(std::span<const ForwardSegment> segments, std::int64_t batch, std::int64_t seq_q,
-                 std::int32_t tile_queries) {
+double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t batch,
+                      std::int64_t seq_q, std::int32_t tile_queries, std::int32_t block) {
   const std::int64_t rows = differs_by_batch(segments) ? batch : 1;
-  double keys = 0.0;
+  std::int64_t blocks = 0;
   for (std::int64_t b = 0; b < rows; ++b) {
     for (const TileSlice& slice : slices_of(segments, b)) {
       const std::int64_t first = slice.q_begin / tile_queries * tile_queries;
       for (std::int64_t q = first; q < slice.q_end; q += tile_queries) {
-        keys += static_cast<double>(keys_read(slice, {q, std::min(q + tile_queries, seq_q)}));
+        const std::int64_t keys = keys_read(slice, {q, std::min(q + tile_queries, seq_q)});
+        blocks += (keys + block - 1) / block;
       }
     }
   }
-  return keys / static_cast<double>((seq_q + tile_queries - 1) / tile_queries * rows);
+  return static_cast<double>(blocks) * block * tile_queries;
 }
 
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,

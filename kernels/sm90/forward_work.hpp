@@ -20,9 +20,9 @@ struct ForwardWork {
   }
 };
 
-/// Mean number of keys that a tile of queries meets.
-double mean_keys(std::span<const ForwardSegment> segments, std::int64_t batch, std::int64_t seq_q,
-                 std::int32_t tile_queries);
+/// Query-key pairs that tiles of this shape compute, in whole blocks of keys.
+double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t batch,
+                      std::int64_t seq_q, std::int32_t tile_queries, std::int32_t block);
 
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
                          std::int64_t seq_q, std::int32_t tile_queries);

@@ -4,6 +4,7 @@
 
 #include "kernels/attention.hpp"
 #include "kernels/error.hpp"
+#include "kernels/sm90/attention_sm90.hpp"
 
 // The forward kernel behind a C function, so that a Python script can time it beside its peers in
 // one process. Contiguous [batch, seq, heads, dim] tensors.
@@ -17,6 +18,9 @@ struct AnnulusForward {
   std::int64_t batch, seq_q, seq_kv, q_heads, kv_heads, head_dim, value_dim;
   const std::int64_t* slices;  // q begin, end, k begin, end, lo, hi of each
   std::int64_t slice_count;
+  const void* const* segment_k;  // null: one segment, k and v; else each of seq_kv keys
+  const void* const* segment_v;
+  std::int64_t segment_count;
   std::int64_t f16;
   std::int64_t resume;
   double scale;
@@ -32,6 +36,7 @@ namespace {
 using annulus::Device;
 using annulus::DType;
 using annulus::Shape;
+using annulus::kernels::sm90::ForwardSegment;
 
 annulus::ForwardCall call_of(const AnnulusForward& args, std::span<const annulus::Slice> slices) {
   const DType dtype = args.f16 != 0 ? DType::f16 : DType::bf16;
@@ -68,7 +73,18 @@ int annulus_forward(const AnnulusForward* args) {
       const std::int64_t* s = args->slices + 6 * i;
       slices.push_back({{s[0], s[1]}, {s[2], s[3]}, {s[4], s[5]}});
     }
-    annulus::attention_forward(call_of(*args, slices), "sm90");
+    const annulus::ForwardCall call = call_of(*args, slices);
+    if (args->segment_k == nullptr) {
+      annulus::attention_forward(call, "sm90");
+      return 0;
+    }
+    std::vector<ForwardSegment> segments;
+    for (std::int64_t i = 0; i < args->segment_count; ++i) {
+      segments.push_back({call.problem.k, call.problem.v, call.problem.mask});
+      segments.back().k.data = args->segment_k[i];
+      segments.back().v.data = args->segment_v[i];
+    }
+    annulus::kernels::sm90::forward_segments(call, segments);
     return 0;
   } catch (const annulus::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -33,7 +33,8 @@ class Forward(ctypes.Structure):
                  ("q", "k", "v", "o", "lse", "accumulator", "row_max", "row_sum")] +
                 [(name, INT) for name in
                  ("batch", "seq_q", "seq_kv", "q_heads", "kv_heads", "head_dim", "value_dim")] +
-                [("slices", POINTER), ("slice_count", INT), ("f16", INT), ("resume", INT),
+                [("slices", POINTER), ("slice_count", INT), ("segment_k", POINTER),
+                 ("segment_v", POINTER), ("segment_count", INT), ("f16", INT), ("resume", INT),
                  ("scale", REAL), ("stream", POINTER)])
 
 
@@ -41,14 +42,19 @@ def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=False):
-    """A function that launches once; everything it points to stays alive with it."""
+def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=False, parts=()):
+    """A function that launches once; everything it points to stays alive with it. `parts`: pairs
+    of keys and values to go through in one launch, each under the same slices."""
     flat = (INT * (6 * len(slices)))(*[bound for piece in slices for bound in piece])
+    part_k = (POINTER * max(1, len(parts)))(*[address(part[0]) for part in parts])
+    part_v = (POINTER * max(1, len(parts)))(*[address(part[1]) for part in parts])
     args = Forward(address(q), address(k), address(v), address(o), address(lse),
                    *[address(part) for part in state], *q.shape[:2], k.shape[1], q.shape[2],
-                   k.shape[2], q.shape[3], v.shape[3], ctypes.addressof(flat), len(slices), 0,
+                   k.shape[2], q.shape[3], v.shape[3], ctypes.addressof(flat), len(slices),
+                   ctypes.addressof(part_k) if parts else None,
+                   ctypes.addressof(part_v) if parts else None, len(parts), 0,
                    int(resume), q.shape[3] ** -0.5, torch.cuda.current_stream().cuda_stream)
-    keep = (q, k, v, o, lse, state, flat)
+    keep = (q, k, v, o, lse, state, flat, parts, part_k, part_v)
 
     def launch(args=args, keep=keep):
         if library.annulus_forward(ctypes.byref(args)) != 0:
@@ -154,25 +160,31 @@ class Bench:
         self.report(name, times, dict(gemm=2 * 8192 ** 3, ours=4 * area(slices) * heads * dim,
                                       causal=4 * area(causal) * heads * dim), peers=("causal",))
 
-    def ring(self, steps, seq=16384, dim=128, heads=16):
-        """Carried state over `steps` calls against one call."""
-        name = f"ring {steps} steps full S={seq}"
+    def ring(self, steps=8, part=16384, dim=128, heads=4):
+        """A rank's share of a ring: `part` queries over `steps` segments of `part` keys, by one call
+        a segment with carried state (ours), by one launch over all, and as one long sequence."""
+        name = f"ring {steps} steps of {part // 1024}k"
         if self.only not in name:
             return
-        q, k, v = random_tensors(1, seq, heads, heads, dim, dim)
+        q, k, v = random_tensors(1, part, heads, heads, dim, dim)
+        k, v = (torch.randn(1, steps * part, heads, dim, device="cuda", dtype=q.dtype)
+                for _ in range(2))
         o, lse = outputs(q, v)
-        state = (torch.empty(1, seq, heads, dim, device="cuda"),
-                 torch.empty(1, heads, seq, device="cuda"), torch.empty(1, heads, seq, device="cuda"))
-        part = seq // steps
-        calls = [prepared(self.library, q, k[:, i * part:(i + 1) * part].contiguous(),
-                          v[:, i * part:(i + 1) * part].contiguous(), o if i + 1 == steps else None,
-                          lse if i + 1 == steps else None, [(0, seq, 0, part, -FAR, FAR)], state,
-                          i > 0) for i in range(steps)]
-        whole = prepared(self.library, q, k, v, o, lse, [(0, seq, 0, seq, -FAR, FAR)])
-        times = take_turns(dict(gemm=self.gemm, ours=lambda: [call() for call in calls],
-                                one_call=whole), self.rounds)
-        flops = 4 * seq * seq * heads * dim
-        self.report(name, times, dict(gemm=2 * 8192 ** 3, ours=flops, one_call=flops),
+        state = (torch.empty(1, part, heads, dim, device="cuda"),
+                 torch.empty(1, heads, part, device="cuda"), torch.empty(1, heads, part, device="cuda"))
+        parts = [(k[:, i * part:(i + 1) * part], v[:, i * part:(i + 1) * part])
+                 for i in range(steps)]
+        slices = [(0, part, 0, part, -FAR, FAR)]
+        calls = [prepared(self.library, q, *parts[i], o if i + 1 == steps else None,
+                          lse if i + 1 == steps else None, slices, state, i > 0)
+                 for i in range(steps)]
+        times = take_turns(dict(
+            gemm=self.gemm, ours=lambda: [call() for call in calls],
+            one_launch=prepared(self.library, q, *parts[0], o, lse, slices, parts=parts),
+            one_call=prepared(self.library, q, k, v, o, lse,
+                              [(0, part, 0, steps * part, -FAR, FAR)])), self.rounds)
+        flops = 4 * part * part * steps * heads * dim
+        self.report(name, times, {who: 2 * 8192 ** 3 if who == "gemm" else flops for who in times},
                     peers=("one_call",))
 
     def copy(self):
@@ -202,7 +214,7 @@ def main():
     bench.sparse("32 documents of 2k", 65536,
                  [(i * 2048, i * 2048 + 2048, i * 2048, i * 2048 + 2048, -FAR, 0)
                   for i in range(32)])
-    bench.ring(8)
+    bench.ring()
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(bench.rows, file, indent=1)
