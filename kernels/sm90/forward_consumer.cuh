@@ -12,6 +12,19 @@ namespace annulus::kernels::sm90 {
 
 inline constexpr int kFirstTurnBarrier = 1;
 
+/// A note as lane 0 reads it: the lane that later tells the producer that the warp is done with it.
+template <typename Note>
+__device__ inline Note broadcast(const Note& shared) {
+  Note note{};
+  if (threadIdx.x % 32 == 0) note = shared;
+  int words[sizeof(Note) / 4];
+  memcpy(words, &note, sizeof(Note));
+#pragma unroll
+  for (int& word : words) word = __shfl_sync(0xffffffffU, word, 0);
+  memcpy(&note, words, sizeof(Note));
+  return note;
+}
+
 template <typename Tile, bool kSoftCap>
 class ForwardConsumer {
  public:
@@ -84,7 +97,8 @@ class ForwardConsumer {
       pin_registers(p);
       release_values();
       if (flags & kFirstOfTile) [[unlikely]] {
-        finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, done);
+        finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
+                             done);
         ++tile_;
       } else if (renewed) [[unlikely]] {
         scale_rows(o, factor);
@@ -137,7 +151,8 @@ class ForwardConsumer {
       pin_registers(p);
       release_values();
       if (flags & kLastOfTile) [[unlikely]] {
-        finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, rows);
+        finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
+                             rows);
         ++tile_;
       }
       flags = next_flags;
@@ -157,7 +172,7 @@ class ForwardConsumer {
 
   __device__ int await_keys() {
     mbarrier_wait(&shared_.k_full[k_ring_.index], k_ring_.parity);
-    return shared_.blocks[k_ring_.index].flags;
+    return broadcast(shared_.blocks[k_ring_.index].flags);
   }
 
   /// Scores and softmax of a tile's first block, with nothing to run beside them.
@@ -187,7 +202,8 @@ class ForwardConsumer {
     pin_registers(o);
     pin_registers(p);
     release_values();
-    finish_tile<Element>(params_, shared_.tiles[tile_ % kTileNotes], warpgroup_, o, rows);
+    finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
+                         rows);
     ++tile_;
   }
 
@@ -225,8 +241,8 @@ class ForwardConsumer {
     cut_ = (flags & kCutAtEnd) != 0;
     if ((flags & kMasked) == 0) [[likely]]
       return;
-    const BlockNote note = shared_.blocks[k_ring_.index];
-    const TileNote tile = shared_.tiles[q_tile_ % kTileNotes];
+    const BlockNote note = broadcast(shared_.blocks[k_ring_.index]);
+    const TileNote tile = broadcast(shared_.tiles[q_tile_ % kTileNotes]);
     const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
     RowWindow windows[2];
 #pragma unroll
