@@ -118,6 +118,7 @@ class BackwardKeys {
     load_keys();
     for (std::int64_t tile = order.tiles() - 1; tile >= 0; --tile) {
       if (!order.meets(chunk, tile)) continue;
+      if (tile > 0) prefetch_queries(rows_of_tile(rows_, (tile - 1) * kTileLanes, kTileLanes));
       add_queries(rows_of_tile(rows_, tile * kTileLanes, kTileLanes));
       order.wait(chunk, tile);
       if (call_.grad_q) write_grad_q(tile * kTileLanes);
@@ -153,6 +154,17 @@ class BackwardKeys {
     }
     std::fill_n(rows_buffer_ + count * stride, (8 - count) * stride, 0.0F);
     transpose(rows_buffer_, stride, 8, view.shape[3], panel, 8);
+  }
+
+  void prefetch_queries(const TileRows& rows) {
+    const Span heads = rows_.q_heads;
+    for (const ConstTensorView& view :
+         {problem_.q, call_.grad_o, static_cast<ConstTensorView>(call_.grad_q)}) {
+      if (!view || (heads.size() > 1 && view.strides[2] != view.shape[3])) continue;
+      prefetch_.add(RowPrefetch::Order::last, view,
+                    row_offset(view, rows_.batch, rows.queries.begin, heads.begin), view.strides[1],
+                    heads.size() * view.shape[3], rows.queries.size());
+    }
   }
 
   void load_queries(const TileRows& rows) {
@@ -216,12 +228,12 @@ class BackwardKeys {
     float* ds = ds_ + before * kTileLanes;
     gemm<Update::overwrite, Layout::panels>({panels, tile.vectors, head_dim_},
                                             {k_ + (first - before) * head_dim_, 8 * head_dim_}, q_,
-                                            kTileLanes, p_, kTileLanes);
+                                            kTileLanes, p_, kTileLanes, nullptr, &prefetch_);
     products_to_logits(tile, buffers_, p);
     recompute_probabilities(keys, tile.vectors, logit_factor(problem_), lse_, p);
-    gemm<Update::overwrite, Layout::panels>({panels, tile.vectors, value_dim_},
-                                            {v_ + (first - before) * value_dim_, 8 * value_dim_},
-                                            grad_o_, kTileLanes, ds_, kTileLanes);
+    gemm<Update::overwrite, Layout::panels>(
+        {panels, tile.vectors, value_dim_}, {v_ + (first - before) * value_dim_, 8 * value_dim_},
+        grad_o_, kTileLanes, ds_, kTileLanes, nullptr, &prefetch_);
     const bool dropout = problem_.dropout.probability > 0.0F;
     if (dropout) {
       load_dropout_tile(problem_.dropout, rows_.batch, tile.rows, tile.vectors, tile.run.keys,
@@ -310,6 +322,8 @@ class BackwardKeys {
   PairBuffers buffers_;
   std::vector<Slice> slices_;
   KeyRuns runs_;
+  // About 250 products of a tile see it, and it has 48 rows of three tensors.
+  RowPrefetch prefetch_{8};
 };
 
 std::int64_t tile_rows_on_target() { return kTileLanes; }

@@ -152,7 +152,7 @@ class DecodeRows {
     const float* q = head.q + first * k_stride_;
     float* s = p_ + first * kScoreStride;
     for (std::int64_t key = 0; key < keys; ++key) {
-      prefetch_.step(kLinesOfStep);
+      prefetch_.step();
       FloatVec sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
       for (std::int64_t i = 0; i < k_stride_; i += kLanes) {
         const FloatVec k = hn::Load(d, k_ + key * k_stride_ + i);
@@ -251,7 +251,7 @@ class DecodeRows {
       const float* v = v_ + column;
       const std::int64_t second = pair ? kLanes : 0;
       for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
-        prefetch_.step(kLinesOfStep);
+        prefetch_.step();
         const FloatVec v0 = hn::Load(d, v);
         const FloatVec v1 = hn::Load(d, v + second);
         HWY_UNROLL(4)
@@ -297,7 +297,7 @@ class DecodeRows {
   float* factor_ = nullptr;  // [keys]
   std::vector<HeadRows> heads_;
   KeyRuns runs_;
-  RowPrefetch prefetch_;
+  RowPrefetch prefetch_{kLinesOfStep};
 };
 
 std::int64_t decode_scratch_on_target(const AttentionProblem& problem) {
