@@ -22,9 +22,9 @@ namespace {
 // Keys of a tile. All KV heads read a tile before the next one is touched: heads lie next to each
 // other in memory, so that each page is translated once and read whole.
 constexpr std::int64_t kDecodeTile = 64;
-// Lines of the next tile to ask for with each small step of this one: K and V of 64 keys are 8
-// lines a key and head, and there are five steps.
-constexpr int kLinesOfStep = 2;
+// Lines of the next tile to ask for with each small step of this one: K and V of 128 columns in
+// bf16 are 8 lines a key and head, and there are three steps.
+constexpr int kLinesOfStep = 3;
 // Scores of a row of keys, in whole vectors of any target.
 constexpr std::int64_t kScoreStride = kDecodeTile;
 
@@ -240,34 +240,48 @@ class DecodeRows {
     return rescale;
   }
 
-  // o ← o·rescale + p·V for four rows, two vectors of columns at a time.
+  // o ← o·rescale + p·V for four rows.
   void add_values(std::int64_t keys, const float* rescale, const float* p, float* o) {
+    // Four rows by four columns of sums, where the registers hold them.
+    constexpr int kColumns = kPanelRows == 8 ? 4 : 2;
+    std::int64_t column = 0;
+    for (; column + kColumns * kLanes <= v_stride_; column += kColumns * kLanes) {
+      add_columns<kColumns>(keys, rescale, p, v_ + column, o + column);
+    }
+    for (; column < v_stride_; column += kLanes) {
+      add_columns<1>(keys, rescale, p, v_ + column, o + column);
+    }
+  }
+
+  template <int kColumns>
+  HWY_INLINE void add_columns(std::int64_t keys, const float* rescale, const float* p,
+                              const float* v, float* o) {
     const Floats d;
-    for (std::int64_t column = 0; column < v_stride_; column += 2 * kLanes) {
-      const bool pair = column + kLanes < v_stride_;
-      FloatVec sum[4][2];  // apart from o, beside which small terms would be rounded away
+    FloatVec sum[4][kColumns];  // apart from o, beside which small terms would be rounded away
+    HWY_UNROLL(4)
+    for (int r = 0; r < 4; ++r) {
       HWY_UNROLL(4)
-      for (int r = 0; r < 4; ++r) sum[r][0] = sum[r][1] = hn::Zero(d);
-      const float* v = v_ + column;
-      const std::int64_t second = pair ? kLanes : 0;
-      for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
-        prefetch_.step();
-        const FloatVec v0 = hn::Load(d, v);
-        const FloatVec v1 = hn::Load(d, v + second);
-        HWY_UNROLL(4)
-        for (int r = 0; r < 4; ++r) {
-          const FloatVec weight = hn::Set(d, p[r * kScoreStride + key]);
-          sum[r][0] = hn::MulAdd(weight, v0, sum[r][0]);
-          sum[r][1] = hn::MulAdd(weight, v1, sum[r][1]);
-        }
-      }
+      for (int c = 0; c < kColumns; ++c) sum[r][c] = hn::Zero(d);
+    }
+    for (std::int64_t key = 0; key < keys; ++key, v += v_stride_) {
+      prefetch_.step();
+      FloatVec row[kColumns];
+      HWY_UNROLL(4)
+      for (int c = 0; c < kColumns; ++c) row[c] = hn::Load(d, v + c * kLanes);
       HWY_UNROLL(4)
       for (int r = 0; r < 4; ++r) {
-        const FloatVec factor = hn::Set(d, rescale[r]);
-        float* at = o + r * v_stride_ + column;
-        hn::Store(hn::MulAdd(factor, hn::Load(d, at), sum[r][0]), d, at);
-        if (pair)
-          hn::Store(hn::MulAdd(factor, hn::Load(d, at + kLanes), sum[r][1]), d, at + kLanes);
+        const FloatVec weight = hn::Set(d, p[r * kScoreStride + key]);
+        HWY_UNROLL(4)
+        for (int c = 0; c < kColumns; ++c) sum[r][c] = hn::MulAdd(weight, row[c], sum[r][c]);
+      }
+    }
+    HWY_UNROLL(4)
+    for (int r = 0; r < 4; ++r) {
+      const FloatVec factor = hn::Set(d, rescale[r]);
+      HWY_UNROLL(4)
+      for (int c = 0; c < kColumns; ++c) {
+        float* at = o + r * v_stride_ + c * kLanes;
+        hn::Store(hn::MulAdd(factor, hn::Load(d, at), sum[r][c]), d, at);
       }
     }
   }

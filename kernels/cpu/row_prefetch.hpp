@@ -35,6 +35,11 @@ class RowPrefetch {
 
   /// The next few lines.
   void step() {
+    if (size_ > 0) fetch();
+  }
+
+ private:
+  void fetch() {
     for (int line = 0; line < lines_ && size_ > 0; ++line) {
       Rows& rows = queue_[first_];
       __builtin_prefetch(rows.data + rows.byte, 0, 2);
@@ -43,7 +48,6 @@ class RowPrefetch {
     }
   }
 
- private:
   struct Rows {
     const char* data = nullptr;
     std::int64_t stride = 0;
