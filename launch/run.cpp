@@ -22,6 +22,7 @@
 #include "runtime/checkpoint.hpp"
 #include "runtime/checkpoint_output.hpp"
 #include "runtime/context.hpp"
+#include "runtime/operation_log.hpp"
 #include "runtime/operation_registry.hpp"
 #include "runtime/watchdog.hpp"
 #include "sharding/mesh.hpp"
@@ -142,6 +143,7 @@ void run(Context& context, const RunOptions& options) {
   if (!options.output.empty()) {
     require_writable_output(context.world(), options.output, options.force);
   }
+  operation_log().enter_phase("reading");
   const Checkpoint checkpoint(context.world(), options.input);
   const std::unique_ptr<OperationImpl> operation =
       make_operation(context, options, runtime_dtype(options, checkpoint));
@@ -154,6 +156,7 @@ void run(Context& context, const RunOptions& options) {
   if (options.check_finite) check_finite_input(context, input);
 
   context.world().barrier();  // reading is not timed
+  operation_log().enter_phase("computing");
   const Clock::time_point begin = Clock::now();
   const OperationOutput output = (*operation)(input.view(), attention);
   OperationGradients gradients;
@@ -170,9 +173,11 @@ void run(Context& context, const RunOptions& options) {
       causal, "",
       make_report(context, options, mesh, shape, sum_of(output.report, gradients.report), seconds)};
   if (!options.output.empty()) {
+    operation_log().enter_phase("writing");
     provenance.input_digest = input_digest(context.world(), options.input.path);
     write_output(context, options, output, gradients, provenance);
   }
+  operation_log().enter_phase("ending");
   if (context.rank() != 0) return;
   const Report& report = provenance.report;
   fmt::print("{}\n", options.json ? to_json(report).dump() : report_line(report));
