@@ -15,6 +15,8 @@
 namespace annulus {
 namespace {
 
+constexpr int kShownPeers = 4;
+
 /// What handlers read: plain memory, complete before the first handler is installed.
 struct Identity {
   int rank = 0;
@@ -130,11 +132,10 @@ void append_step(SignalText& text, const StepRecord& step) noexcept {
     text << " of " << step.peers + 1 << " ranks";
   } else if (step.peers > 0) {
     text << (step.peers == 1 ? " with rank " : " with ranks ");
-    for (int i = 0; i < step.peers && i < StepRecord::kPeers; ++i) {
+    for (int i = 0; i < step.peers && i < kShownPeers; ++i) {
       text << (i > 0 ? ", " : "") << step.peer[static_cast<std::size_t>(i)];
     }
-    if (step.peers > StepRecord::kPeers)
-      text << " and " << step.peers - StepRecord::kPeers << " more";
+    if (step.peers > kShownPeers) text << " and " << step.peers - kShownPeers << " more";
   }
   text << ", " << step.outstanding << " of " << step.bytes << " bytes outstanding";
 }

@@ -35,7 +35,7 @@ class OperationGroup {
 
 /// One step of this rank as it was, or is: what peers, reports and dumps show of it.
 struct StepRecord {
-  static constexpr int kPeers = 4;
+  static constexpr int kPeers = 16;
   enum class State : std::int64_t { open, waiting, done, failed };
 
   std::int64_t number = 0;         // counts the steps of the rank from 1
