@@ -1,0 +1,172 @@
+// Promises 1 to 4, 7 and 9: ranks that are killed, stopped, told to end or late.
+
+#include <signal.h>
+
+#include <chrono>
+#include <filesystem>
+#include <random>
+#include <thread>
+
+#include "reliability/matrix_case.hpp"
+
+namespace annulus::testing {
+namespace {
+
+constexpr int kRanks = 4;
+
+JobOptions harmed(const std::string& output, const std::string& act, long rank, long call) {
+  JobOptions options = ring_job(output);
+  options.environment.merge(std::map<std::string, std::string>{
+      {"F_ACT", act}, {"F_RANK", std::to_string(rank)}, {"F_CALL", std::to_string(call)}});
+  return options;
+}
+
+std::string place(const std::string& act, long rank, long call) {
+  return act + " of rank " + std::to_string(rank) + " at call " + std::to_string(call);
+}
+
+/// The destination holds nothing or all of it.
+void expect_nothing_or_all(const std::string& output, const std::string& what) {
+  const std::string results = results_of(output);
+  EXPECT_TRUE(results.empty() || results == reference().results) << what << ": a partial output";
+}
+
+TEST(Promise01, AKilledRankEndsTheJob) {
+  Figures figures("1");
+  for (long rank = 0; rank < kRanks; ++rank) {
+    const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
+    for (const long call : points(last, rank == 2 ? 2 : 1, 12)) {
+      const TemporaryFolder folder;
+      const std::string what = place("SIGKILL", rank, call);
+      const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "kill", rank, call));
+      figures.add(outcome.seconds);
+      EXPECT_EQ(outcome.exit_code, 137) << what << "\n" << outcome.err;
+      EXPECT_LE(outcome.seconds, 10.0) << what;
+      EXPECT_TRUE(says(outcome, "process rank " + std::to_string(rank) +
+                                    " with PID [0-9]+ on node [^ ]+ exited on signal 9"))
+          << what << "\n"
+          << outcome.err;
+      EXPECT_TRUE(says(outcome, "rank [0-9]+ \\([^)]+\\): SIGTERM in phase .*step [0-9]+: "))
+          << what << "\n"
+          << outcome.err;
+      expect_clean_end(outcome, what);
+      expect_nothing_or_all(folder.file("out.h5"), what);
+    }
+  }
+}
+
+TEST(Promise02, AStoppedRankEndsTheJobAtTheDeadline) {
+  Figures figures("2");
+  for (const long rank : {2L, 0L, 1L, 3L}) {
+    if (rank != 2 && !whole_matrix()) break;
+    const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
+    for (const long call : points(last, 2, 8)) {
+      const TemporaryFolder folder;
+      const std::string what = place("SIGSTOP", rank, call);
+      const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "stop", rank, call));
+      figures.add(outcome.seconds);
+      EXPECT_EQ(outcome.exit_code, 75) << what << "\n" << outcome.err;
+      EXPECT_LE(outcome.seconds, kTimeoutSeconds + 2.0 + 1.0) << what << ", start included";
+      EXPECT_TRUE(says(outcome, "no progress for [0-9.]+ s .* step [0-9]+: .*bytes outstanding"))
+          << what << "\n"
+          << outcome.err;
+      // MPI's own start has no channel to ask over, and its end none any more.
+      const bool can_ask = !says(outcome,
+                                 "in phase [^,]*, step [0-9]+: (start of MPI|watchdogs "
+                                 "meet|communicator|end of MPI)");
+      if (can_ask) {
+        EXPECT_TRUE(says(outcome, "suspect rank " + std::to_string(rank) + " \\(")) << what << "\n"
+                                                                                    << outcome.err;
+      }
+      expect_clean_end(outcome, what);
+      expect_nothing_or_all(folder.file("out.h5"), what);
+    }
+  }
+}
+
+void wait_for_file(const std::string& path) {
+  for (int i = 0; i < 4000 && !std::filesystem::exists(path); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+}
+
+TEST(Promise03, TermAndUsr1EndTheJobInOrder) {
+  Figures figures("3");
+  std::mt19937 random(std::random_device{}());
+  std::uniform_int_distribution<int> milliseconds(0, 300);
+  for (const int signal : {SIGTERM, SIGUSR1}) {
+    for (int i = 0; i < (whole_matrix() ? 10 : 1); ++i) {
+      const TemporaryFolder ready;
+      const TemporaryFolder folder;
+      JobOptions options = ring_job(folder.file("out.h5"));
+      // Slow enough to be met in the middle.
+      options.environment.merge(std::map<std::string, std::string>{
+          {"F_ACT", "jitter"}, {"F_DELAY_MS", "100"}, {"F_READY", ready.file("r")}});
+      Job job(options);
+      const auto ranks = job.wait_for_ranks(kRanks);
+      ASSERT_EQ(ranks.size(), static_cast<std::size_t>(kRanks));
+      for (int rank = 0; rank < kRanks; ++rank)
+        wait_for_file(ready.file("r." + std::to_string(rank)));
+      const int wait = milliseconds(random);
+      std::this_thread::sleep_for(std::chrono::milliseconds(wait));
+      const bool through_launcher = i % 2 == 0;
+      job.mark_fault();
+      kill(through_launcher ? job.launcher() : ranks[1], signal);
+      const JobOutcome outcome = job.wait();
+      figures.add(outcome.seconds);
+      const std::string what = std::string(signal == SIGTERM ? "SIGTERM" : "SIGUSR1") + " after " +
+                               std::to_string(wait) + " ms to " +
+                               (through_launcher ? "the launcher" : "rank 1");
+      // Open MPI's launcher itself always ends with 1 after SIGTERM; its ranks end with 143.
+      const int expected = through_launcher && signal == SIGTERM ? 1 : 143;
+      EXPECT_EQ(outcome.exit_code, expected) << what << "\n" << outcome.err;
+      EXPECT_LE(outcome.seconds, 5.0) << what;
+      EXPECT_TRUE(says(outcome, "SIG(TERM|USR1) in phase [a-z]+")) << what << "\n" << outcome.err;
+      EXPECT_EQ(folder.listing(), std::vector<std::string>{}) << what;
+      expect_clean_end(outcome, what);
+    }
+  }
+}
+
+TEST(Promise04, LateRanksAreNoFault) {
+  Figures figures("4");
+  const unsigned first_seed = std::random_device{}() % 100000;
+  figures.note("first seed " + std::to_string(first_seed));
+  for (unsigned i = 0; i < (whole_matrix() ? 40U : 2U); ++i) {
+    const TemporaryFolder folder;
+    JobOptions options = ring_job(folder.file("out.h5"));
+    std::map<std::string, std::string> fault = {
+        {"F_ACT", "jitter"}, {"F_DELAY_MS", "10"}, {"F_SEED", std::to_string(first_seed + i)}};
+    if (i % 10 == 0) {  // one delay of just under half the deadline
+      fault = {{"F_ACT", "delay"},
+               {"F_RANK", std::to_string(i / 10 % kRanks)},
+               {"F_CALL", std::to_string(10 + i)},
+               {"F_DELAY_MS", "1450"}};
+    }
+    options.environment.merge(fault);
+    const JobOutcome outcome = run_job(options);
+    figures.add(outcome.seconds);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+    EXPECT_EQ(results_of(folder.file("out.h5")), reference().results);
+    expect_clean_end(outcome, "late ranks");
+  }
+}
+
+TEST(Promise07, AHangLeavesTheStepsOfEachLiveRank) {
+  const long rank = 3;
+  const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
+  const TemporaryFolder folder;
+  JobOptions options = harmed(folder.file("out.h5"), "stop", rank, last * 3 / 4);
+  options.environment["ANNULUS_DUMP_DIR"] = folder.file("steps");
+  const JobOutcome outcome = run_job(options);
+  EXPECT_EQ(outcome.exit_code, 75) << outcome.err;
+  for (const char* name : {"rank-000000", "rank-000001", "rank-000002"}) {
+    EXPECT_TRUE(std::filesystem::exists(folder.file("steps") + "/" + name)) << name;
+  }
+  const Outcome reading = run_annulus(0, {"diverged", folder.file("steps")});
+  EXPECT_EQ(reading.exit_code, 0) << reading.err;
+  EXPECT_NE(reading.out.find("first diverged: rank 3: "), std::string::npos) << reading.out;
+}
+
+}  // namespace
+}  // namespace annulus::testing
