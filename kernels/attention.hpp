@@ -89,6 +89,9 @@ struct ForwardCall {
   TensorView o;            // [batch, seq_q, q_heads, value_dim]
   TensorView log_sum_exp;  // f32 [batch, q_heads, seq_q]
   Stream stream;
+  /// A row's bits must not depend on which other rows the call has: no algorithm of its own for
+  /// few rows. The CPU's backends keep to it.
+  bool row_invariant = false;
 };
 
 /// One backward call: recomputes P from the global LSE and adds to fp32 gradients, so that a ring

@@ -30,6 +30,8 @@ void store_statistic(const TensorView& view, std::int64_t b, std::int64_t h, std
 // View [batch, seq, heads, dim] visited as rows (b, h, q).
 template <typename Visit>
 void for_each_row(const ConstTensorView& view, Visit visit) {
+  constexpr std::int64_t kWorthThreads = 1 << 16;  // elements
+#pragma omp parallel for collapse(2) if (view.shape.elements() > kWorthThreads)
   for (std::int64_t b = 0; b < view.shape[0]; ++b) {
     for (std::int64_t q = 0; q < view.shape[1]; ++q) {
       for (std::int64_t h = 0; h < view.shape[2]; ++h) visit(b, h, q);
@@ -39,6 +41,18 @@ void for_each_row(const ConstTensorView& view, Visit visit) {
 
 std::int64_t row_at(const ConstTensorView& view, std::int64_t b, std::int64_t h, std::int64_t q) {
   return b * view.strides[0] + q * view.strides[1] + h * view.strides[2];
+}
+
+// The elements of a row when they are f32 next to each other, as those of kernels are; else null.
+const float* plain_row(const ConstTensorView& view, std::int64_t at) {
+  if (view.dtype != DType::f32 || view.strides[3] != 1) return nullptr;
+  return static_cast<const float*>(view.data) + at;
+}
+
+// into ← into·into_weight + from·from_weight
+void add_weighted(const float* from, float from_weight, float* into, float into_weight,
+                  std::int64_t dim) {
+  for (std::int64_t d = 0; d < dim; ++d) into[d] = into[d] * into_weight + from[d] * from_weight;
 }
 
 void merge_row(const AttentionState& from, const AttentionState& into, std::int64_t b,
@@ -51,7 +65,15 @@ void merge_row(const AttentionState& from, const AttentionState& into, std::int6
   const double into_weight = std::exp(into_max - max);
   const std::int64_t from_at = row_at(from.accumulator, b, h, q);
   const std::int64_t into_at = row_at(into.accumulator, b, h, q);
-  for (std::int64_t d = 0; d < into.accumulator.shape[3]; ++d) {
+  const std::int64_t dim = into.accumulator.shape[3];
+  const float* plain_from = plain_row(from.accumulator, from_at);
+  const bool plain = plain_from != nullptr && plain_row(into.accumulator, into_at) != nullptr;
+  if (plain) {
+    add_weighted(plain_from, static_cast<float>(from_weight),
+                 static_cast<float*>(into.accumulator.data) + into_at,
+                 static_cast<float>(into_weight), dim);
+  }
+  for (std::int64_t d = 0; !plain && d < dim; ++d) {
     const std::int64_t at = into_at + d * into.accumulator.strides[3];
     const double sum =
         into_weight * load_element(into.accumulator.data, into.accumulator.dtype, at) +
@@ -87,7 +109,15 @@ double row_product(const ConstTensorView& o, const ConstTensorView& grad_o, std:
                    std::int64_t h, std::int64_t q) {
   const std::int64_t o_at = row_at(o, b, h, q);
   const std::int64_t grad_at = row_at(grad_o, b, h, q);
+  const float* plain_o = plain_row(o, o_at);
+  const float* plain_grad = plain_row(grad_o, grad_at);
   double sum = 0.0;
+  if (plain_o != nullptr && plain_grad != nullptr) {
+    for (std::int64_t d = 0; d < o.shape[3]; ++d) {
+      sum += static_cast<double>(plain_o[d]) * static_cast<double>(plain_grad[d]);
+    }
+    return sum;
+  }
   for (std::int64_t d = 0; d < o.shape[3]; ++d) {
     sum += load_element(o.data, o.dtype, o_at + d * o.strides[3]) *
            load_element(grad_o.data, grad_o.dtype, grad_at + d * grad_o.strides[3]);

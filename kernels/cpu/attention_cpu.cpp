@@ -119,7 +119,7 @@ std::string unsupported(const AttentionProblem& problem, Direction /*direction*/
 }
 
 void forward(const ForwardCall& call) {
-  if (splits_keys(call.problem)) return split_forward(call);
+  if (!call.row_invariant && splits_keys(call.problem)) return split_forward(call);
   const std::vector<ForwardBlock> blocks = forward_blocks(call.problem);
   std::int64_t scratch_floats = 0;
   for (const ForwardBlock& block : blocks) {
