@@ -21,14 +21,12 @@ constexpr std::array kSchemes{
 
 constexpr std::int64_t kFloatBytes = 4;
 
-// 64-bit FNV-1a over the bytes of integers.
+// 64 bits over a sequence of integers, a multiply and a shift each (as in splitmix64).
 class Digest {
  public:
   void add(std::int64_t value) {
-    for (int byte = 0; byte < 8; ++byte) {
-      state_ ^= (static_cast<std::uint64_t>(value) >> (8 * byte)) & 0xFFU;
-      state_ *= 0x100000001B3ULL;
-    }
+    state_ = (state_ ^ static_cast<std::uint64_t>(value)) * 0xBF58476D1CE4E5B9ULL;
+    state_ ^= state_ >> 29;
   }
   void add(Span span) {
     add(span.begin);
@@ -125,8 +123,9 @@ AttentionPlan::AttentionPlan(std::shared_ptr<const PlanRequest> request, int ran
   const StageRules rules{request_->scheme == Scheme::all_gather, request_->stage_rows,
                          request_->block_rows};
   stages_ = build_stages(q_layout_, kv_layout_, request_->mask, group(), rules);
-  hash_ = digest(*request_);
 }
+
+std::uint64_t AttentionPlan::hash() const { return digest(*request_); }
 
 std::int64_t AttentionPlan::group_size() const {
   if (request_->group_size > 0) return request_->group_size;

@@ -118,7 +118,7 @@ class AttentionPlan {
   std::int64_t backward_bytes(std::int64_t head_dim, std::int64_t value_dim,
                               std::int64_t element_bytes) const;
   /// Digest of the request: equal on ranks that planned the same.
-  std::uint64_t hash() const { return hash_; }
+  std::uint64_t hash() const;
 
  private:
   std::shared_ptr<const PlanRequest> request_;
@@ -127,7 +127,6 @@ class AttentionPlan {
   SequenceLayout q_layout_;
   SequenceLayout kv_layout_;
   std::vector<Stage> stages_;
-  std::uint64_t hash_ = 0;
 };
 
 /// Slices of `mask` between the rows that `q_runs` and `k_runs` describe, in their local rows.

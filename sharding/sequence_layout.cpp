@@ -82,6 +82,19 @@ double imbalance_of_deal(std::span<const std::int64_t> area, std::span<const int
 
 }  // namespace
 
+void unite(std::vector<Span>& spans) {
+  std::sort(spans.begin(), spans.end(), [](Span a, Span b) { return a.begin < b.begin; });
+  std::size_t kept = 0;
+  for (const Span span : spans) {
+    if (kept > 0 && span.begin <= spans[kept - 1].end) {
+      spans[kept - 1].end = std::max(spans[kept - 1].end, span.end);
+    } else {
+      spans[kept++] = span;
+    }
+  }
+  spans.resize(kept);
+}
+
 std::vector<PositionRun> positions_of(std::span<const RowRun> runs) {
   std::vector<PositionRun> positions;
   for (const RowRun& run : runs) positions.push_back({run.begin, run.global.begin});

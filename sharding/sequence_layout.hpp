@@ -20,6 +20,9 @@ struct RowRun {
   friend bool operator==(const RowRun&, const RowRun&) = default;
 };
 
+/// Sorts spans and joins those that overlap or touch.
+void unite(std::vector<Span>& spans);
+
 /// Runs as kernels want them for dropout.
 std::vector<PositionRun> positions_of(std::span<const RowRun> runs);
 

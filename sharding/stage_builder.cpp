@@ -30,20 +30,6 @@ std::vector<int> number_distances(int ranks, std::int64_t max_rows, const StageR
   return number;
 }
 
-// Sorts spans and joins those that overlap or touch.
-void unite(Spans& spans) {
-  std::sort(spans.begin(), spans.end(), [](Span a, Span b) { return a.begin < b.begin; });
-  std::size_t kept = 0;
-  for (const Span span : spans) {
-    if (kept > 0 && span.begin <= spans[kept - 1].end) {
-      spans[kept - 1].end = std::max(spans[kept - 1].end, span.end);
-    } else {
-      spans[kept++] = span;
-    }
-  }
-  spans.resize(kept);
-}
-
 // The runs that share positions with `global`; runs are in global order.
 std::span<const RowRun> overlapping(std::span<const RowRun> runs, Span global) {
   if (global.empty()) return {};

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "sharding/attention_plan.hpp"
+
+namespace annulus {
+
+/// How fast a rank works and how fast ranks talk. `annulus bench ring` measures them for a machine.
+struct Rates {
+  double forward_flops = 1e11;  // kept products and sums, per second and rank
+  double backward_flops = 1e11;
+  double copy_bandwidth = 1e10;     // bytes per second a rank moves within its own memory
+  double node_bandwidth = 1e10;     // bytes per second into a rank from its node
+  double network_bandwidth = 1e10;  // bytes per second into a rank from other nodes
+  double latency_seconds = 5e-6;    // until a message starts to arrive
+  double call_seconds = 1e-5;       // of a kernel call, however short
+  int node_ranks = 1;               // consecutive ranks of a node
+  /// False where the receiver's own core copies messages of its node (shared memory on CPUs).
+  bool hides_node_transfers = true;
+  /// Ranks of a node read each other's KV where it lies.
+  bool reads_in_place = false;
+};
+
+/// Sizes that bytes and operations depend on besides the plan.
+struct AttentionSizes {
+  std::int64_t head_dim = 128;
+  std::int64_t value_dim = 128;
+  std::int64_t element_bytes = 2;
+  bool log_sum_exp = true;
+};
+
+/// Floating-point operations of `area` kept pairs of one query head: 2 products forward, 5
+/// backward.
+double forward_flops(std::int64_t area, const AttentionSizes& sizes);
+double backward_flops(std::int64_t area, const AttentionSizes& sizes);
+
+/// What each group of ranks (see AttentionPlan) computes, receives and sends, without making its
+/// plan: exact, in time that grows with slices, chunks and the sum of both over the ranks.
+struct GroupShares {
+  std::vector<std::int64_t> area;           // kept pairs, all batch rows together
+  std::vector<std::int64_t> rows_received;  // KV rows, every batch row counted
+  std::vector<std::int64_t> rows_sent;
+  std::vector<std::int64_t> rows_from_network;  // received from other nodes
+};
+/// `node_groups` consecutive groups share a node.
+GroupShares group_shares(const SequenceLayout& q_layout, const SequenceLayout& kv_layout,
+                         const MaskSlices& mask, std::int64_t batch, int node_groups = 1);
+
+}  // namespace annulus

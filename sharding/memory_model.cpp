@@ -1,0 +1,166 @@
+#include "sharding/memory_model.hpp"
+
+#include <algorithm>
+
+#include "sharding/stage_parts.hpp"
+
+namespace annulus {
+namespace {
+
+constexpr std::int64_t kFloatBytes = 4;
+
+std::int64_t padded(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+std::int64_t kv_buffer_bytes(std::int64_t batch, std::int64_t rows, std::int64_t heads,
+                             const AttentionSizes& sizes, std::int64_t element_bytes) {
+  const std::int64_t elements = batch * rows * heads;
+  return padded(elements * sizes.head_dim * element_bytes) +
+         elements * sizes.value_dim * element_bytes;
+}
+
+struct BufferUse {
+  bool sends = false;
+  bool receives = false;
+  bool carries_state = false;  // several kernel calls for the same rows
+  int received_parities[2] = {0, 0};
+};
+
+BufferUse use_of(const AttentionPlan& plan, bool in_place) {
+  BufferUse use;
+  std::size_t calls = 0;
+  for (const Stage& stage : plan.stages()) {
+    const bool by_piece = in_place && stage.number > 0 && few_pieces(stage);
+    if (!stage.slices.slices.empty()) {
+      for (const Transfer& transfer : stage.receives)
+        calls += by_piece ? transfer.pieces.size() : 0;
+      calls += by_piece ? 0 : 1;
+    }
+    // Pieces of one batch row cannot finish the whole batch.
+    use.carries_state = use.carries_state || calls > 1 ||
+                        (by_piece && stage.runs.size() > 1 && !stage.receives.empty());
+    if (stage.number == 0) continue;
+    use.sends = use.sends || !stage.sends.empty();
+    use.receives = use.receives || stage.buffer_rows > 0;
+    if (in_place && few_pieces(stage)) continue;
+    if (stage.buffer_rows > 0) use.received_parities[stage.number % 2] = 1;
+  }
+  return use;
+}
+
+std::int64_t own_kv_heads(const AttentionPlan& plan) {
+  return plan.kv_heads_of(plan.head_rank()).size();
+}
+std::int64_t own_q_heads(const AttentionPlan& plan) {
+  return plan.q_heads_of(plan.head_rank()).size();
+}
+
+}  // namespace
+
+std::int64_t shard_bytes(const AttentionPlan& plan, const AttentionSizes& sizes, bool backward) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t q_rows = request.batch * request.q_layout.rows(plan.rank()) * request.q_heads;
+  const std::int64_t kv_rows =
+      request.batch * request.kv_layout.rows(plan.rank()) * request.kv_heads;
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  std::int64_t bytes = (q_rows + kv_rows) * dims * sizes.element_bytes + q_rows * kFloatBytes;
+  if (backward) {
+    bytes += q_rows * sizes.value_dim * sizes.element_bytes + q_rows * kFloatBytes;  // dO, delta
+    bytes += (q_rows * sizes.head_dim + kv_rows * dims) * kFloatBytes;
+  }
+  return bytes;
+}
+
+std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
+                                  bool in_place) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t batch = request.batch;
+  const BufferUse use = use_of(plan, in_place && plan.scheme() != Scheme::all_gather);
+  const bool by_head = plan.scheme() == Scheme::all_gather;
+  const std::int64_t q_rows = batch * plan.q_layout().rows(plan.group());
+  const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
+  std::int64_t bytes = 0;
+  if (use.carries_state) {
+    bytes += q_rows * own_q_heads(plan) * (sizes.value_dim + 2) * kFloatBytes;
+  }
+  const std::int64_t own = kv_buffer_bytes(batch, plan.kv_layout().rows(plan.group()), kv_heads,
+                                           sizes, sizes.element_bytes);
+  const std::int64_t remote =
+      kv_buffer_bytes(batch, plan.max_buffer_rows(), kv_heads, sizes, sizes.element_bytes);
+  if (by_head && plan.groups() > 1) {
+    // Two heads at a time: packed rows to send, and rows gathered.
+    const std::int64_t heads = std::min<std::int64_t>(request.kv_heads, 2);
+    const bool packs = use.sends && request.kv_heads > 1;
+    bytes += heads * ((packs ? own : 0) + (use.receives ? remote : 0));
+  } else {
+    if (in_place && use.sends) bytes += own;  // the window
+    bytes += (use.received_parities[0] + use.received_parities[1]) * remote;
+  }
+  if (plan.head_ranks() == 1) return bytes;
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  const std::int64_t kv_rows = batch * plan.kv_layout().rows(plan.group());
+  bytes += (q_rows * own_q_heads(plan) * dims + kv_rows * own_kv_heads(plan) * dims) *
+           sizes.element_bytes;  // q, k, v in, O out
+  const std::int64_t other_heads = request.q_heads - own_q_heads(plan);
+  bytes += batch * request.q_layout.rows(plan.rank()) * other_heads * sizes.value_dim *
+           sizes.element_bytes;  // O arriving
+  if (sizes.log_sum_exp) {
+    bytes += (2 * q_rows * own_q_heads(plan) +
+              batch * request.q_layout.rows(plan.rank()) * other_heads) *
+             kFloatBytes;
+  }
+  return bytes;
+}
+
+std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
+                                   bool in_place) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t batch = request.batch;
+  const BufferUse use = use_of(plan, in_place && plan.scheme() != Scheme::all_gather);
+  const bool by_head = plan.scheme() == Scheme::all_gather;
+  const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
+  const std::int64_t own_rows = plan.kv_layout().rows(plan.group());
+  const auto kv = [&](std::int64_t rows, std::int64_t element_bytes) {
+    return kv_buffer_bytes(batch, rows, kv_heads, sizes, element_bytes);
+  };
+  const std::int64_t remote = plan.max_buffer_rows();
+  // Partials that go out and partials that come back, of stages that take turns.
+  std::int64_t outgoing[2] = {0, 0};
+  std::int64_t incoming[2] = {0, 0};
+  for (const Stage& stage : plan.stages()) {
+    const int turn = stage.number % 2;
+    if (stage.number > 0 && stage.buffer_rows > 0) outgoing[turn] = kv(remote, kFloatBytes);
+    std::int64_t rows = 0;
+    for (const Transfer& transfer : stage.sends) rows += transfer.rows(batch);
+    incoming[turn] = std::max(incoming[turn],
+                              rows * kv_heads * (sizes.head_dim + sizes.value_dim) * kFloatBytes);
+  }
+  std::int64_t bytes = 0;
+  if (by_head && plan.groups() > 1) {
+    const std::int64_t heads = std::min<std::int64_t>(request.kv_heads, 2);
+    const bool packs = use.sends && request.kv_heads > 1;
+    bytes += heads * ((packs ? kv(own_rows, sizes.element_bytes) : 0) +
+                      (use.receives ? kv(remote, sizes.element_bytes) : 0) + outgoing[1]) +
+             incoming[1];
+  } else {
+    if (in_place && use.sends) bytes += kv(own_rows, sizes.element_bytes);  // the window
+    bytes +=
+        (use.received_parities[0] + use.received_parities[1]) * kv(remote, sizes.element_bytes);
+    bytes += outgoing[0] + outgoing[1] + incoming[0] + incoming[1];
+  }
+  if (plan.head_ranks() == 1) return bytes;
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  const std::int64_t q_rows = batch * plan.q_layout().rows(plan.group()) * own_q_heads(plan);
+  const std::int64_t kv_rows = batch * plan.kv_layout().rows(plan.group()) * own_kv_heads(plan);
+  // q, dO, k, v, LSE and delta in; dQ, dK, dV in fp32, and those that arrive.
+  bytes += q_rows * (dims * sizes.element_bytes + 2 * kFloatBytes) +
+           kv_rows * dims * sizes.element_bytes;
+  bytes += q_rows * sizes.head_dim * kFloatBytes + kv_rows * dims * kFloatBytes;
+  std::int64_t arriving_kv_heads = -own_kv_heads(plan);
+  for (int j = 0; j < plan.head_ranks(); ++j) arriving_kv_heads += plan.kv_heads_of(j).size();
+  bytes += batch * request.q_layout.rows(plan.rank()) * (request.q_heads - own_q_heads(plan)) *
+           sizes.head_dim * kFloatBytes;
+  bytes += batch * request.kv_layout.rows(plan.rank()) * arriving_kv_heads * dims * kFloatBytes;
+  return bytes;
+}
+
+}  // namespace annulus

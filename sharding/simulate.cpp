@@ -1,0 +1,369 @@
+#include "sharding/simulate.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <numeric>
+
+#include "kernels/error.hpp"
+#include "sharding/memory_model.hpp"
+
+namespace annulus {
+namespace {
+
+constexpr std::int64_t kFloatBytes = 4;
+
+std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
+
+struct LinkBytes {
+  std::int64_t node = 0;
+  std::int64_t network = 0;
+};
+
+// One rank on its way through its plan.
+class RankWalk {
+ public:
+  RankWalk(AttentionPlan plan, const AttentionSizes& sizes, const Rates& rates, Pass pass)
+      : plan_(std::move(plan)), sizes_(sizes), rates_(rates), pass_(pass) {
+    timeline_.rank = plan_.rank();
+    const bool backward = pass == Pass::backward;
+    timeline_.bytes_sent =
+        backward ? plan_.backward_bytes(sizes.head_dim, sizes.value_dim, sizes.element_bytes)
+                 : plan_.forward_bytes(sizes.head_dim, sizes.value_dim, sizes.element_bytes,
+                                       sizes.log_sum_exp);
+    timeline_.peak_memory_bytes =
+        shard_bytes(plan_, sizes, backward) +
+        (backward ? backward_buffer_bytes(plan_, sizes, rates.reads_in_place)
+                  : forward_buffer_bytes(plan_, sizes, rates.reads_in_place));
+    for (const Stage& stage : plan_.stages()) stages_[stage.number] = &stage;
+    exchange_heads();
+    clock_ = timeline_.head_exchange_seconds + share_seconds();
+    timeline_.exposed_seconds = clock_;
+  }
+
+  const AttentionPlan& plan() const { return plan_; }
+  double clock() const { return clock_; }
+  int last_number() const { return stages_.empty() ? 0 : stages_.rbegin()->first; }
+  const Stage* stage(int number) const {
+    const auto found = stages_.find(number);
+    return found == stages_.end() ? nullptr : found->second;
+  }
+
+  /// The rows of `number` arrive at `arrival` unless this rank's core has to copy them itself.
+  void compute(int number, double transfer_begin, double arrival) {
+    const Stage* now = stage(number);
+    if (now == nullptr) return;
+    const double copied = rates_.hides_node_transfers ? 0.0 : own_copy_seconds(*now);
+    const double begin = std::max(clock_, arrival) + copied;
+    const double seconds = compute_seconds(*now);
+    timeline_.exposed_seconds += begin - clock_;
+    timeline_.compute_seconds += seconds;
+    clock_ = begin + seconds;
+    if (pass_ == Pass::backward && number > 0) {
+      const double behind = return_seconds(*now);
+      timeline_.exposed_seconds += behind;
+      clock_ += behind;
+    }
+    if (now->slices.slices.empty() && now->receives.empty()) return;
+    const LinkBytes bytes = received(*now);
+    timeline_.stages.push_back({number, transfer_begin, arrival, begin, begin + seconds,
+                                main_peer(*now), bytes.node + bytes.network});
+  }
+
+  /// Seconds until a stage's rows have come, once both sides are ready.
+  double transfer_seconds(const Stage& stage) const {
+    const LinkBytes bytes = received(stage);
+    if (bytes.node + bytes.network == 0) return 0.0;
+    const double node = static_cast<double>(bytes.node) / rates_.node_bandwidth;
+    return rates_.latency_seconds +
+           std::max(rates_.hides_node_transfers ? node : 0.0,
+                    static_cast<double>(bytes.network) / rates_.network_bandwidth);
+  }
+
+  RankTimeline finish() {
+    const double back = timeline_.head_exchange_seconds * back_share_;
+    timeline_.exposed_seconds += back;
+    timeline_.seconds = clock_ + back;
+    return std::move(timeline_);
+  }
+
+  void wait_until(double time) {
+    if (time <= clock_) return;
+    timeline_.exposed_seconds += time - clock_;
+    clock_ = time;
+  }
+
+  bool same_node(int group) const {
+    const int peer = group * plan_.head_ranks() + plan_.head_rank();
+    return peer / rates_.node_ranks == plan_.rank() / rates_.node_ranks;
+  }
+
+ private:
+  std::int64_t kv_row_elements() const {
+    return plan_.kv_heads_of(plan_.head_rank()).size() * (sizes_.head_dim + sizes_.value_dim);
+  }
+
+  LinkBytes bytes_of(std::span<const Transfer> transfers, std::int64_t element_bytes) const {
+    LinkBytes bytes;
+    for (const Transfer& transfer : transfers) {
+      if (transfer.peer == plan_.group()) continue;
+      const std::int64_t moved =
+          transfer.rows(plan_.request().batch) * kv_row_elements() * element_bytes;
+      (same_node(transfer.peer) ? bytes.node : bytes.network) += moved;
+    }
+    return bytes;
+  }
+
+  // What is moved for a stage: rows that are read in place are not.
+  LinkBytes received(const Stage& stage) const {
+    LinkBytes bytes = bytes_of(stage.receives, sizes_.element_bytes);
+    if (rates_.reads_in_place) bytes.node = 0;
+    return bytes;
+  }
+
+  double own_copy_seconds(const Stage& stage) const {
+    return static_cast<double>(received(stage).node) / rates_.node_bandwidth;
+  }
+
+  // Partials that others computed for this rank's rows, and clearing its own.
+  double return_seconds(const Stage& stage) const {
+    const LinkBytes in = bytes_of(stage.sends, kFloatBytes);
+    const LinkBytes out = bytes_of(stage.receives, kFloatBytes);
+    double seconds = static_cast<double>(out.node + out.network) / rates_.copy_bandwidth;
+    seconds += 2.0 * static_cast<double>(in.node + in.network) / rates_.copy_bandwidth;
+    if (!rates_.hides_node_transfers)
+      seconds += static_cast<double>(in.node) / rates_.node_bandwidth;
+    return seconds;
+  }
+
+  // A window holds a copy of the rows that others read.
+  double share_seconds() const {
+    if (!rates_.reads_in_place || plan_.groups() == 1) return 0.0;
+    const std::int64_t rows = plan_.request().batch * plan_.kv_layout().rows(plan_.group());
+    return static_cast<double>(rows * kv_row_elements() * sizes_.element_bytes) /
+           rates_.copy_bandwidth;
+  }
+
+  double compute_seconds(const Stage& stage) const {
+    if (stage.slices.slices.empty()) return 0.0;
+    const std::int64_t copies = stage.slices.batch_offsets.empty() ? plan_.request().batch : 1;
+    std::int64_t area = 0;
+    for (const Slice& slice : stage.slices.slices) area += copies * slice.area();
+    const auto heads = static_cast<double>(plan_.q_heads_of(plan_.head_rank()).size());
+    const double seconds = pass_ == Pass::forward
+                               ? heads * forward_flops(area, sizes_) / rates_.forward_flops
+                               : heads * backward_flops(area, sizes_) / rates_.backward_flops;
+    return seconds + rates_.call_seconds + (pass_ == Pass::forward ? resume_seconds() : 0.0);
+  }
+
+  // The running state is read and written again by every stage but the only one.
+  double resume_seconds() const {
+    if (plan_.stages().size() < 2) return 0.0;
+    const auto rows =
+        static_cast<double>(plan_.request().batch * plan_.q_layout().rows(plan_.group()) *
+                            plan_.q_heads_of(plan_.head_rank()).size());
+    return 2.0 * rows * static_cast<double>(sizes_.value_dim * kFloatBytes) / rates_.copy_bandwidth;
+  }
+
+  // Everything that the heads trade, in and out: packed, moved, and unpacked.
+  void exchange_heads() {
+    if (plan_.head_ranks() == 1) return;
+    std::int64_t stage_bytes = 0;
+    for (const Stage& stage : plan_.stages()) {
+      const LinkBytes sent = bytes_of(stage.sends, sizes_.element_bytes);
+      stage_bytes += sent.node + sent.network;
+      if (pass_ == Pass::forward) continue;
+      const LinkBytes back = bytes_of(stage.receives, kFloatBytes);
+      stage_bytes += back.node + back.network;
+    }
+    const auto bytes = static_cast<double>(timeline_.bytes_sent - stage_bytes);
+    const bool inside = plan_.head_ranks() <= rates_.node_ranks;
+    const double seconds = bytes / (inside ? rates_.node_bandwidth : rates_.network_bandwidth) +
+                           2.0 * bytes / rates_.copy_bandwidth;
+    // Forward: q, k, v in and O out. Backward: q, k, v, dO in and fp32 dQ, dK, dV out.
+    back_share_ = pass_ == Pass::forward ? 0.5 : 1.0;
+    timeline_.head_exchange_seconds = seconds / (1.0 + back_share_) + rates_.latency_seconds;
+  }
+
+  int main_peer(const Stage& stage) const {
+    int peer = plan_.rank();
+    std::int64_t most = 0;
+    for (const Transfer& transfer : stage.receives) {
+      const std::int64_t rows = transfer.rows(1);
+      if (rows <= most) continue;
+      most = rows;
+      peer = transfer.peer * plan_.head_ranks() + plan_.head_rank();
+    }
+    return peer;
+  }
+
+  AttentionPlan plan_;
+  const AttentionSizes& sizes_;
+  const Rates& rates_;
+  Pass pass_;
+  std::map<int, const Stage*> stages_;
+  RankTimeline timeline_;
+  double clock_ = 0.0;
+  double back_share_ = 0.0;
+};
+
+std::vector<int> followed_ranks(const PlanRequest& request, int head_ranks,
+                                const std::vector<std::int64_t>& area) {
+  const int ranks = request.q_layout.ranks();
+  std::vector<int> followed;
+  if (ranks <= Simulation::kTimelines) {
+    followed.resize(index(ranks));
+    std::iota(followed.begin(), followed.end(), 0);
+    return followed;
+  }
+  const auto most = std::max_element(area.begin(), area.end()) - area.begin();
+  const auto least = std::min_element(area.begin(), area.end()) - area.begin();
+  followed = {static_cast<int>(most) * head_ranks, static_cast<int>(least) * head_ranks};
+  constexpr int kBetween = 6;
+  for (int i = 0; i <= kBetween; ++i) followed.push_back((ranks - 1) * i / kBetween);
+  std::sort(followed.begin(), followed.end());
+  followed.erase(std::unique(followed.begin(), followed.end()), followed.end());
+  return followed;
+}
+
+// Stage by stage: a transfer starts when both ends have reached the stage before it, and a sender
+// goes on when its rows have gone.
+void walk(std::vector<RankWalk>& walks) {
+  int last = 0;
+  std::map<int, std::size_t> walk_of_rank;
+  for (std::size_t i = 0; i < walks.size(); ++i) {
+    last = std::max(last, walks[i].last_number());
+    walk_of_rank[walks[i].plan().rank()] = i;
+  }
+  std::vector<double> begin(walks.size(), 0.0);  // of each rank's stage before
+  for (int number = 0; number <= last; ++number) {
+    std::vector<double> start(walks.size());
+    std::vector<double> arrival(walks.size(), 0.0);
+    std::vector<double> sent(walks.size(), 0.0);
+    for (std::size_t i = 0; i < walks.size(); ++i) {
+      start[i] = begin[i];
+      const Stage* stage = walks[i].stage(number);
+      if (stage == nullptr || number == 0) continue;
+      std::vector<std::size_t> senders;
+      for (const Transfer& transfer : stage->receives) {
+        const AttentionPlan& plan = walks[i].plan();
+        const auto sender = walk_of_rank.find(transfer.peer * plan.head_ranks() + plan.head_rank());
+        if (sender == walk_of_rank.end()) continue;
+        start[i] = std::max(start[i], begin[sender->second]);
+        senders.push_back(sender->second);
+      }
+      arrival[i] = start[i] + walks[i].transfer_seconds(*stage);
+      for (const std::size_t sender : senders) sent[sender] = std::max(sent[sender], arrival[i]);
+    }
+    for (std::size_t i = 0; i < walks.size(); ++i) {
+      walks[i].wait_until(sent[i]);
+      begin[i] = walks[i].clock();
+      walks[i].compute(number, start[i], arrival[i]);
+    }
+  }
+}
+
+// Rows times heads that one exchange of heads sends, over all ranks: each rank's rows go to the
+// other ranks of its group.
+std::int64_t head_rows_sent(const AttentionPlan& plan, const SequenceLayout& layout,
+                            Span (AttentionPlan::*heads_of)(int) const) {
+  std::int64_t sent = 0;
+  for (int rank = 0; rank < layout.ranks(); ++rank) {
+    for (int j = 0; j < plan.head_ranks(); ++j) {
+      if (j != rank % plan.head_ranks()) sent += layout.rows(rank) * (plan.*heads_of)(j).size();
+    }
+  }
+  return sent * plan.request().batch;
+}
+
+void add_traffic(const AttentionPlan& plan, const GroupShares& shares, const AttentionSizes& sizes,
+                 const Rates& rates, Pass pass, Simulation& simulation) {
+  const PlanRequest& request = plan.request();
+  const bool backward = pass == Pass::backward;
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  std::int64_t kv_heads = 0;
+  for (int j = 0; j < plan.head_ranks(); ++j) kv_heads += plan.kv_heads_of(j).size();
+  const std::int64_t row_bytes =
+      kv_heads * dims * (sizes.element_bytes + (backward ? kFloatBytes : 0));
+  for (std::size_t group = 0; group < shares.rows_received.size(); ++group) {
+    simulation.bytes_sent += shares.rows_received[group] * row_bytes;
+    simulation.network_bytes_sent += shares.rows_from_network[group] * row_bytes;
+  }
+  const std::int64_t q = head_rows_sent(plan, request.q_layout, &AttentionPlan::q_heads_of);
+  const std::int64_t kv = head_rows_sent(plan, request.kv_layout, &AttentionPlan::kv_heads_of);
+  std::int64_t bytes = (q + kv) * dims * sizes.element_bytes;
+  if (backward) bytes += q * (sizes.head_dim + 2) * kFloatBytes + kv * dims * kFloatBytes;
+  if (!backward && sizes.log_sum_exp) bytes += q * kFloatBytes;
+  simulation.bytes_sent += bytes;
+  if (plan.head_ranks() > rates.node_ranks) simulation.network_bytes_sent += bytes;
+}
+
+std::vector<int> divisors(int n) {
+  std::vector<int> all;
+  for (int d = 1; d <= n; ++d) {
+    if (n % d == 0) all.push_back(d);
+  }
+  return all;
+}
+
+}  // namespace
+
+Simulation simulate(const std::shared_ptr<const PlanRequest>& request, const AttentionSizes& sizes,
+                    const Rates& rates, Pass pass) {
+  Simulation simulation;
+  const AttentionPlan first(request, 0);
+  const GroupShares shares =
+      group_shares(first.q_layout(), first.kv_layout(), request->mask, request->batch,
+                   std::max(rates.node_ranks / first.head_ranks(), 1));
+  simulation.imbalance = imbalance(shares.area);
+  const std::int64_t area =
+      std::accumulate(shares.area.begin(), shares.area.end(), std::int64_t{0});
+  simulation.flops =
+      static_cast<double>(request->q_heads) *
+      (pass == Pass::forward ? forward_flops(area, sizes) : backward_flops(area, sizes));
+  const std::vector<int> followed = followed_ranks(*request, first.head_ranks(), shares.area);
+  std::vector<RankWalk> walks;
+  walks.reserve(followed.size());
+  for (const int rank : followed) {
+    walks.emplace_back(AttentionPlan(request, rank), sizes, rates, pass);
+  }
+  walk(walks);
+  for (RankWalk& walk : walks) {
+    simulation.timelines.push_back(walk.finish());
+    const RankTimeline& timeline = simulation.timelines.back();
+    simulation.seconds = std::max(simulation.seconds, timeline.seconds);
+    simulation.peak_memory_bytes =
+        std::max(simulation.peak_memory_bytes, timeline.peak_memory_bytes);
+  }
+  add_traffic(first, shares, sizes, rates, pass, simulation);
+  return simulation;
+}
+
+std::shared_ptr<const PlanRequest> choose_scheme(const PlanRequest& request,
+                                                 const AttentionSizes& sizes, const Rates& rates,
+                                                 bool backward) {
+  std::shared_ptr<const PlanRequest> best;
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](Scheme scheme, int node_ranks) {
+    auto candidate = std::make_shared<PlanRequest>(request);
+    candidate->scheme = scheme;
+    candidate->node_ranks = node_ranks;
+    double seconds = simulate(candidate, sizes, rates, Pass::forward).seconds;
+    if (backward) seconds += simulate(candidate, sizes, rates, Pass::backward).seconds;
+    if (seconds >= least) return;
+    least = seconds;
+    best = candidate;
+  };
+  const int ranks = request.q_layout.ranks();
+  consider(Scheme::ring, 1);
+  if (ranks == 1) return best;
+  consider(Scheme::all_gather, 1);
+  if (ranks <= request.q_heads) consider(Scheme::ulysses, 1);
+  for (const int node_ranks : divisors(std::min(rates.node_ranks, ranks))) {
+    const bool divides = node_ranks > 1 && node_ranks < ranks && ranks % node_ranks == 0;
+    if (divides && node_ranks <= request.q_heads) consider(Scheme::hybrid, node_ranks);
+  }
+  return best;
+}
+
+}  // namespace annulus

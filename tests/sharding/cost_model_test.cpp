@@ -1,0 +1,234 @@
+#include "sharding/cost_model.hpp"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "sharding/attention_plan.hpp"
+#include "sharding/simulate.hpp"
+
+namespace annulus {
+namespace {
+
+AttentionMask causal_mask() {
+  AttentionMask mask;
+  mask.causal = true;
+  return mask;
+}
+
+AttentionMask window_mask(std::int64_t left) {
+  AttentionMask mask = causal_mask();
+  mask.window_left = left;
+  return mask;
+}
+
+AttentionMask random_documents(std::int64_t seq, std::int64_t count, std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::vector<std::int64_t> offsets{0, seq};
+  for (std::int64_t i = 1; i < count; ++i) {
+    offsets.push_back(static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(seq)));
+  }
+  std::sort(offsets.begin(), offsets.end());
+  AttentionMask mask = causal_mask();
+  mask.q_segments = {segments_of_offsets(offsets, seq)};
+  return mask;
+}
+
+std::shared_ptr<PlanRequest> request_of(const AttentionMask& mask, std::int64_t seq, int ranks,
+                                        Scheme scheme = Scheme::ring) {
+  auto request = std::make_shared<PlanRequest>();
+  request->scheme = scheme;
+  request->q_layout = request->kv_layout = SequenceLayout::contiguous(seq, ranks);
+  request->mask = make_slices(mask, 1, seq, seq);
+  request->q_heads = 16;
+  request->kv_heads = 8;
+  return request;
+}
+
+std::int64_t all_forward_bytes(const std::shared_ptr<const PlanRequest>& request,
+                               const AttentionSizes& sizes) {
+  std::int64_t bytes = 0;
+  for (int rank = 0; rank < request->q_layout.ranks(); ++rank) {
+    bytes +=
+        AttentionPlan(request, rank)
+            .forward_bytes(sizes.head_dim, sizes.value_dim, sizes.element_bytes, sizes.log_sum_exp);
+  }
+  return bytes;
+}
+
+// Bytes a rank sends, of bf16: S tokens, N ranks, KV heads, D.
+constexpr std::int64_t kSeq = 4096;
+constexpr std::int64_t kDim = 64;
+
+TEST(Bytes, RingSendsEveryRowToEveryOtherRankUnderAFullMask) {
+  for (const int ranks : {1, 2, 4, 8}) {
+    const auto request = request_of({}, kSeq, ranks);
+    for (const Scheme scheme : {Scheme::ring, Scheme::all_gather}) {
+      request->scheme = scheme;
+      for (int rank = 0; rank < ranks; ++rank) {
+        const AttentionPlan plan(request, rank);
+        EXPECT_EQ(plan.forward_bytes(kDim, kDim, 2, false),
+                  4 * kSeq * 8 * kDim * (ranks - 1) / ranks);
+        // Backward: the same rows, and as many fp32 partials of dK and dV back.
+        EXPECT_EQ(plan.backward_bytes(kDim, kDim, 2), 12 * kSeq * 8 * kDim * (ranks - 1) / ranks);
+      }
+    }
+  }
+}
+
+TEST(Bytes, CausalNeedsHalfContiguousAndThreeQuartersZigzag) {
+  const int ranks = 8;
+  const AttentionSizes sizes{kDim, kDim, 2, false};
+  const std::int64_t full = 4 * kSeq * 8 * kDim * (ranks - 1);
+  const auto request = request_of(causal_mask(), kSeq, ranks);
+  EXPECT_EQ(all_forward_bytes(request, sizes), full / 2);
+  request->q_layout = request->kv_layout = SequenceLayout::zigzag(kSeq, ranks);
+  // Of the two parts of rank o, rank r needs both behind r, else the front one and, where r holds
+  // later rows than it, the back one.
+  EXPECT_EQ(all_forward_bytes(request, sizes), full * 3 / 4);
+}
+
+TEST(Bytes, UlyssesFollowsItsFormulaWithFewerAndMoreKvHeadsThanRanks) {
+  for (const int ranks : {2, 4, 8, 16}) {
+    const auto request = request_of(causal_mask(), kSeq, ranks, Scheme::ulysses);
+    const std::int64_t heads = 16 + std::max<std::int64_t>(8, ranks);
+    for (int rank = 0; rank < ranks; ++rank) {
+      EXPECT_EQ(AttentionPlan(request, rank).forward_bytes(kDim, kDim, 2, false),
+                4 * (kSeq / ranks) * kDim * heads * (ranks - 1) / ranks);
+    }
+  }
+}
+
+TEST(Bytes, HybridSendsOnlyItsShareOfKvHeadsOverTheNetwork) {
+  const int ranks = 16;
+  const int node_ranks = 4;
+  const auto request = request_of({}, kSeq, ranks, Scheme::hybrid);
+  request->node_ranks = node_ranks;
+  Rates rates;
+  rates.node_ranks = node_ranks;
+  const AttentionSizes sizes{kDim, kDim, 2, false};
+  const Simulation simulation = simulate(request, sizes, rates, Pass::forward);
+  const int nodes = ranks / node_ranks;
+  EXPECT_EQ(simulation.network_bytes_sent,
+            std::int64_t{ranks} * 4 * (kSeq / ranks) * 8 * kDim * (nodes - 1));
+  EXPECT_EQ(simulation.bytes_sent, all_forward_bytes(request, sizes));
+}
+
+TEST(Bytes, WindowSendsAtMostTwoHalos) {
+  const std::int64_t seq = 1 << 20;
+  const std::int64_t window = 4096;
+  AttentionMask two_sided = window_mask(window);
+  two_sided.causal = false;
+  two_sided.window_right = window;
+  for (const AttentionMask& mask : {window_mask(window), two_sided}) {
+    const auto request = request_of(mask, seq, 64);
+    const std::int64_t halo = window * 8 * 2 * kDim * 2;
+    const std::int64_t sides = mask.causal ? 1 : 2;
+    for (int rank = 0; rank < 64; ++rank) {
+      const std::int64_t sent = AttentionPlan(request, rank).forward_bytes(kDim, kDim, 2, false);
+      const bool edge = rank == 63 || (sides == 2 && rank == 0);
+      EXPECT_EQ(sent, halo * (edge ? sides - 1 : sides)) << rank;
+    }
+  }
+}
+
+TEST(Bytes, DocumentsStayWithTheRanksThatHoldThem) {
+  AttentionMask mask = causal_mask();
+  std::vector<std::int64_t> offsets;
+  for (std::int64_t at = 0; at <= kSeq; at += 256) offsets.push_back(at);
+  mask.q_segments = {segments_of_offsets(offsets, kSeq)};
+  EXPECT_EQ(all_forward_bytes(request_of(mask, kSeq, 8), {}), 0);
+}
+
+TEST(GroupShares, AreThoseOfThePlans) {
+  const std::uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(::testing::Message() << "seed " << seed);
+  const std::int64_t seq = 3000;
+  for (const AttentionMask& mask :
+       {AttentionMask{}, causal_mask(), window_mask(100), random_documents(seq, 40, seed)}) {
+    const MaskSlices slices = make_slices(mask, 1, seq, seq);
+    for (const SequenceLayout& layout :
+         {SequenceLayout::contiguous(seq, 6), SequenceLayout::zigzag(seq, 6),
+          SequenceLayout::balanced(slices, 1, seq, 6, 50)}) {
+      auto request = request_of(mask, seq, 6);
+      request->q_layout = request->kv_layout = layout;
+      request->batch = 2;
+      const GroupShares shares = group_shares(layout, layout, slices, 2, 3);
+      for (int rank = 0; rank < 6; ++rank) {
+        const AttentionPlan plan(request, rank);
+        std::int64_t received = 0, sent = 0, network = 0;
+        for (const Stage& stage : plan.stages()) {
+          for (const Transfer& transfer : stage.receives) {
+            received += transfer.rows(2);
+            if (transfer.peer / 3 != rank / 3) network += transfer.rows(2);
+          }
+          for (const Transfer& transfer : stage.sends) sent += transfer.rows(2);
+        }
+        const auto r = static_cast<std::size_t>(rank);
+        EXPECT_EQ(shares.area[r], plan.area());
+        EXPECT_EQ(shares.rows_received[r], received);
+        EXPECT_EQ(shares.rows_sent[r], sent);
+        EXPECT_EQ(shares.rows_from_network[r], network);
+      }
+    }
+  }
+}
+
+TEST(Simulate, TotalsAreThoseOfTheTimelines) {
+  const AttentionSizes sizes{kDim, kDim, 2, true};
+  for (const Scheme scheme : {Scheme::ring, Scheme::all_gather, Scheme::ulysses, Scheme::hybrid}) {
+    for (const Pass pass : {Pass::forward, Pass::backward}) {
+      auto request = request_of(causal_mask(), kSeq, 8, scheme);
+      request->node_ranks = 2;
+      const Simulation simulation = simulate(request, sizes, {}, pass);
+      std::int64_t bytes = 0;
+      double seconds = 0.0;
+      for (const RankTimeline& timeline : simulation.timelines) {
+        bytes += timeline.bytes_sent;
+        seconds = std::max(seconds, timeline.seconds);
+        EXPECT_NEAR(timeline.seconds, timeline.compute_seconds + timeline.exposed_seconds,
+                    1e-9 + 1e-6 * timeline.seconds);
+      }
+      EXPECT_EQ(simulation.bytes_sent, bytes) << name(scheme);
+      EXPECT_EQ(simulation.seconds, seconds);
+      EXPECT_NEAR(simulation.imbalance, scheme == Scheme::ulysses ? 1.0 : 1.7, 0.2);
+    }
+  }
+}
+
+TEST(Simulate, BalanceHelpsAndOverlapHidesTransfers) {
+  const AttentionSizes sizes{kDim, kDim, 2, false};
+  Rates rates;
+  rates.network_bandwidth = 1e11;
+  auto request = request_of(causal_mask(), 65536, 8);
+  const double contiguous = simulate(request, sizes, rates, Pass::forward).seconds;
+  request->q_layout = request->kv_layout = SequenceLayout::zigzag(65536, 8);
+  const Simulation zigzag = simulate(request, sizes, rates, Pass::forward);
+  EXPECT_LT(zigzag.seconds, 0.6 * contiguous);
+  const double ideal = zigzag.flops / 8 / rates.forward_flops;
+  EXPECT_LT(zigzag.seconds, 1.1 * ideal);
+  EXPECT_GE(zigzag.seconds, ideal);
+}
+
+TEST(ChooseScheme, KeepsKvOffASlowNetwork) {
+  Rates rates;  // 8 ranks a node, fast inside, slow between
+  rates.forward_flops = 5e14;
+  rates.node_ranks = 8;
+  rates.node_bandwidth = rates.copy_bandwidth = 4e11;
+  rates.network_bandwidth = 1e10;
+  auto request = request_of(causal_mask(), 1 << 20, 32);
+  request->q_layout = request->kv_layout = SequenceLayout::zigzag(1 << 20, 32);
+  const auto chosen = choose_scheme(*request, {}, rates, false);
+  EXPECT_EQ(chosen->scheme, Scheme::hybrid);
+  EXPECT_EQ(chosen->node_ranks, 8);
+  // Documents that nobody else needs: exchanging heads would only cost.
+  AttentionMask mask = causal_mask();
+  std::vector<std::int64_t> offsets;
+  for (std::int64_t at = 0; at <= 1 << 20; at += 1 << 15) offsets.push_back(at);
+  mask.q_segments = {segments_of_offsets(offsets, 1 << 20)};
+  const auto local = choose_scheme(*request_of(mask, 1 << 20, 32), {}, rates, false);
+  EXPECT_EQ(local->scheme, Scheme::ring);
+}
+
+}  // namespace
+}  // namespace annulus
