@@ -116,22 +116,21 @@ void all_gather_forward(Communicator& ranks, const AttentionPlan& plan, const Fo
   std::int64_t state_bytes = 0;
   for (std::int64_t head = 0; head < local.problem.kv_heads(); ++head) {
     const ForwardCall call = call_of_head(local, plan, head);
-    ForwardPass pass(call, plan.q_layout().runs(plan.group()), options);
+    const std::unique_ptr<ForwardPass> pass = make_forward_pass(call, plan, options);
     const KvFeed& feed = [&]() -> KvFeed& {
       const ScopedTimer timer(accounting.exposed_seconds());
       return feeds.at(head);
     }();
     if (feeds.stage() != nullptr) {
-      const std::vector<StagePart> parts =
-          parts_of(*feeds.stage(), call.problem.batch(), granularity_of(call.problem));
+      const std::vector<StagePart> parts = forward_parts(*feeds.stage(), call.problem, plan, false);
       for (const StagePart& part : parts) {
         const auto [k, v] = feed.views(*feeds.stage(), part);
-        pass.add(part, k, v, &part == &parts.back());
+        pass->add(part, k, v, &part == &parts.back());
         feeds.progress();
       }
     }
-    pass.finish();
-    state_bytes = std::max(state_bytes, pass.buffer_bytes());
+    pass->finish();
+    state_bytes = std::max(state_bytes, pass->buffer_bytes());
   }
   accounting.close(feeds.buffer_bytes() + state_bytes);
 }
@@ -155,8 +154,7 @@ void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const B
     auto back =
         std::make_unique<GradientReturn>(ranks, plan, call.grad_k, call.grad_v, local.stream);
     const KvViews gradients = returns ? back->gradients(*stage) : KvViews{call.grad_k, call.grad_v};
-    for (const StagePart& part :
-         parts_of(*stage, call.problem.batch(), granularity_of(call.problem))) {
+    for (const StagePart& part : backward_parts(*stage, call.problem, false)) {
       const auto [k, v] = feed.views(*stage, part);
       pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
                gradients.v.slice(0, part.batch).slice(1, part.rows));
@@ -165,10 +163,11 @@ void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const B
     if (!returns) continue;
     const ScopedTimer timer(accounting.exposed_seconds());
     if (before != nullptr) before->finish(*stage);
-    return_bytes =
-        std::max(return_bytes, back->buffer_bytes() + (before ? before->buffer_bytes() : 0));
+    const std::int64_t behind = before ? before->buffer_bytes() : 0;
+    return_bytes = std::max(return_bytes, back->buffer_bytes() + behind);
     before = std::move(back);
     before->start(*stage);
+    return_bytes = std::max(return_bytes, before->buffer_bytes());
   }
   if (before != nullptr) before->finish(*stage);
   accounting.close(feeds.buffer_bytes() + return_bytes);

@@ -21,7 +21,8 @@ KvViews GradientReturn::gradients(const Stage& stage) {
   Shape v = grad_v_.shape;
   k[1] = v[1] = plan_.max_buffer_rows();
   const std::int64_t most = kv_bytes(k, v, DType::f32);
-  if (slot.outgoing.bytes() < most) slot.outgoing = Buffer(grad_k_.device, most, stream_);
+  if (stage.buffer_rows > 0 && slot.outgoing.bytes() < most)
+    slot.outgoing = Buffer(grad_k_.device, most, stream_);
   k[1] = v[1] = stage.buffer_rows;
   fill_bytes(slot.outgoing.data(), grad_k_.device, 0, kv_bytes(k, v, DType::f32), stream_);
   slot.views = kv_views(slot.outgoing.data(), k, v, DType::f32, grad_k_.device);

@@ -7,14 +7,11 @@
 namespace annulus {
 namespace {
 
-// More pieces than this are gathered into the buffer: a kernel call for each would cost more.
-constexpr std::size_t kPiecesInPlace = 4;
-
 std::int64_t aligned(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 bool rows_are_contiguous(const ConstTensorView& view) {
-  return view.strides[3] == 1 && view.strides[2] == view.shape[3] &&
-         view.strides[1] == view.shape[2] * view.shape[3];
+  const bool heads_follow = view.shape[2] == 1 || view.strides[2] == view.shape[3];
+  return view.strides[3] == 1 && heads_follow && view.strides[1] == view.shape[2] * view.shape[3];
 }
 
 TensorView writable(const ConstTensorView& view) {
@@ -108,12 +105,9 @@ KvViews KvFeed::peer_views(int peer) const {
 
 bool KvFeed::in_place(const Stage& stage) const {
   if (stage.number == 0 || stage.receives.empty() || plan_.request().block_rows > 0) return false;
-  std::size_t pieces = 0;
-  for (const Transfer& transfer : stage.receives) {
-    if (!readable(transfer.peer)) return false;
-    pieces += transfer.pieces.size();
-  }
-  return pieces <= kPiecesInPlace;
+  const auto unreadable = [this](const Transfer& transfer) { return !readable(transfer.peer); };
+  return few_pieces(stage) &&
+         std::none_of(stage.receives.begin(), stage.receives.end(), unreadable);
 }
 
 void KvFeed::prepare_buffer(const Stage& stage) {
@@ -208,7 +202,8 @@ std::pair<ConstTensorView, ConstTensorView> KvFeed::views(const Stage& stage,
 
 std::int64_t KvFeed::buffer_bytes() const {
   std::int64_t bytes = packed_.bytes() + slots_[0].memory.bytes() + slots_[1].memory.bytes();
-  if (window_ != nullptr) bytes += kv_bytes(k_.shape, v_.shape, k_.dtype);
+  // Pages of a window that nobody reads are never touched.
+  if (window_ != nullptr && sends_to(true)) bytes += kv_bytes(k_.shape, v_.shape, k_.dtype);
   return bytes;
 }
 

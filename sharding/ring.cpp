@@ -1,5 +1,7 @@
 #include "sharding/ring.hpp"
 
+#include <memory>
+
 #include "sharding/execution_accounting.hpp"
 #include "sharding/gradient_return.hpp"
 #include "sharding/kv_feed.hpp"
@@ -36,12 +38,6 @@ class Schedule {
   std::vector<const Stage*> stages_;
 };
 
-std::vector<StagePart> parts_for(const Stage& stage, const AttentionProblem& problem,
-                                 const KvFeed& feed) {
-  return parts_of(stage, problem.batch(),
-                  feed.in_place(stage) ? Granularity::piece : granularity_of(problem));
-}
-
 }  // namespace
 
 void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
@@ -53,7 +49,7 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     const ScopedTimer timer(accounting.exposed_seconds());
     return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
   }();
-  ForwardPass pass(local, plan.q_layout().runs(plan.group()), options);
+  const std::unique_ptr<ForwardPass> pass = make_forward_pass(local, plan, options);
   const int last = schedule.last_with_work();
   for (int number = 0; number < schedule.count(); ++number) {
     {
@@ -63,15 +59,15 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     }
     if (schedule.at(number) == nullptr) continue;
     const Stage& stage = *schedule.at(number);
-    const std::vector<StagePart> parts = parts_for(stage, problem, feed);
+    const std::vector<StagePart> parts = forward_parts(stage, problem, plan, feed.in_place(stage));
     for (const StagePart& part : parts) {
       const auto [k, v] = feed.views(stage, part);
-      pass.add(part, k, v, number == last && &part == &parts.back());
+      pass->add(part, k, v, number == last && &part == &parts.back());
       feed.progress();
     }
   }
-  pass.finish();
-  accounting.close(feed.buffer_bytes() + pass.buffer_bytes());
+  pass->finish();
+  accounting.close(feed.buffer_bytes() + pass->buffer_bytes());
 }
 
 void ring_backward(Communicator& ranks, const AttentionPlan& plan, const BackwardCall& local,
@@ -95,7 +91,7 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
     KvViews gradients{local.grad_k, local.grad_v};
     if (stage != nullptr && number > 0) gradients = back.gradients(*stage);
     if (stage != nullptr) {
-      for (const StagePart& part : parts_for(*stage, problem, feed)) {
+      for (const StagePart& part : backward_parts(*stage, problem, feed.in_place(*stage))) {
         const auto [k, v] = feed.views(*stage, part);
         pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
                  gradients.v.slice(0, part.batch).slice(1, part.rows));

@@ -53,12 +53,15 @@ class PartList {
   }
 
   void add_blocks(std::int64_t block_rows) {
-    for (std::size_t list = 0; list < stage_.runs.size(); ++list) {
-      for (const RowRun& run : stage_.runs[list]) {
+    // Batch rows with masks of their own are kept apart, also where all have the same rows.
+    const std::size_t lists =
+        stage_.slices.batch_offsets.empty() ? 1 : stage_.slices.batch_offsets.size() - 1;
+    for (std::size_t list = 0; list < lists && !stage_.runs.empty(); ++list) {
+      for (const RowRun& run : stage_.runs[stage_.runs.size() == 1 ? 0 : list]) {
         for (std::int64_t begin = run.global.begin; begin < run.global.end;) {
           const std::int64_t end = std::min((begin / block_rows + 1) * block_rows, run.global.end);
           const std::int64_t row = run.begin + (begin - run.global.begin);
-          add(batch_of(list, stage_.runs.size()), {row, row + (end - begin)}, {&run, 1});
+          add(batch_of(list, lists), {row, row + (end - begin)}, {&run, 1});
           begin = end;
         }
       }
@@ -89,6 +92,13 @@ class PartList {
 };
 
 }  // namespace
+
+bool few_pieces(const Stage& stage) {
+  constexpr std::size_t kMost = 4;
+  std::size_t pieces = 0;
+  for (const Transfer& transfer : stage.receives) pieces += transfer.pieces.size();
+  return pieces <= kMost;
+}
 
 std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
                                 std::int64_t block_rows) {

@@ -28,6 +28,10 @@ enum class Granularity : std::uint8_t {
   block,      // rows of one block of the global grid
 };
 
+/// Whether a stage's rows come in so few pieces that a kernel call for each costs less than to
+/// gather them, where peers' memory can be read.
+bool few_pieces(const Stage& stage);
+
 /// Parts with something to compute, in the order of the buffer.
 std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
                                 std::int64_t block_rows = 0);
