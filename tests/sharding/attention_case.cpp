@@ -9,6 +9,7 @@
 
 #include "kernels/attention_reference.hpp"
 #include "kernels/buffer.hpp"
+#include "sharding/memory_model.hpp"
 #include "sharding/thread_communicator.hpp"
 
 namespace annulus::testing {
@@ -85,6 +86,65 @@ class Shard {
   std::span<const RowRun> runs_;
   HostTensor tensor_;
   TensorView view_;
+};
+
+// Holds what an execution reports to what its plan predicts.
+class CostCheck {
+ public:
+  CostCheck(const AttentionCase& c, const AttentionPlan& plan, const RunOptions& options)
+      : name_(c.name),
+        plan_(plan),
+        run_(options),
+        options_(options.execute),
+        plain_(!c.bias && !c.dense_mask && plan.request().block_rows == 0),
+        one_call_a_stage_(c.dropout == 0.0F && !c.head_major) {
+    sizes_.head_dim = c.head_dim;
+    sizes_.value_dim = c.value_dim;
+    sizes_.element_bytes = 4;
+  }
+  const ExecuteOptions& options() {
+    report_ = {};
+    options_.report = &report_;
+    return options_;
+  }
+  void expect_forward() const {
+    if (run_.execute.report != nullptr) *run_.execute.report = report_;
+    expect_bytes(plan_.forward_bytes(sizes_.head_dim, sizes_.value_dim, 4, true));
+    expect_memory(forward_buffer_bytes(plan_, sizes_, run_.execute.in_place));
+  }
+  void expect_backward() const {
+    expect_bytes(plan_.backward_bytes(sizes_.head_dim, sizes_.value_dim, 4));
+    expect_memory(backward_buffer_bytes(plan_, sizes_, run_.execute.in_place));
+  }
+
+ private:
+  // Bias and dense mask are moved between heads besides; rows read in place are not sent.
+  void expect_bytes(std::int64_t planned) const {
+    if (!plain_) return;
+    if (run_.execute.in_place) {
+      EXPECT_LE(report_.bytes_sent, planned);
+    } else {
+      EXPECT_EQ(report_.bytes_sent, planned);
+    }
+  }
+  void expect_memory(std::int64_t predicted) const {
+    if (!plain_ || !one_call_a_stage_) return;
+    if (run_.execute.in_place && run_.ranks_per_node != 0) return;
+    constexpr double kAlignment = 2048.0;  // of the few buffers there are
+    EXPECT_NEAR(static_cast<double>(report_.buffer_bytes), static_cast<double>(predicted),
+                0.1 * static_cast<double>(predicted) + kAlignment)
+        << name_ << ", " << name(plan_.scheme()) << ", rank " << plan_.rank() << " of " << plan_.ranks()
+        << (run_.execute.in_place ? ", in place" : ", messages");
+  }
+
+  std::string name_;
+  const AttentionPlan& plan_;
+  const RunOptions& run_;
+  ExecuteOptions options_;
+  bool plain_;
+  bool one_call_a_stage_;
+  AttentionSizes sizes_;
+  ExecutionReport report_;
 };
 
 void expect_close(const HostTensor& found, const HostTensor& expected, double tolerance,
@@ -225,7 +285,9 @@ void run_rank(Communicator& ranks, const AttentionCase& c,
   forward.o = o.view();
   forward.log_sum_exp = lse.view();
   const AttentionPlan plan(request, rank);
-  execute_forward(ranks, plan, forward, options.execute);
+  CostCheck costs(c, plan, options);
+  execute_forward(ranks, plan, forward, costs.options());
+  costs.expect_forward();
   o.store(t.o);
   lse.store(t.lse);
   if (!options.backward) return;
@@ -241,7 +303,8 @@ void run_rank(Communicator& ranks, const AttentionCase& c,
   backward.grad_k = grad_k.view();
   backward.grad_v = grad_v.view();
   backward.grad_bias = grad_bias.view();
-  execute_backward(ranks, plan, backward, options.execute);
+  execute_backward(ranks, plan, backward, costs.options());
+  costs.expect_backward();
   grad_q.store(t.grad_q);
   grad_k.store(t.grad_k);
   grad_v.store(t.grad_v);
