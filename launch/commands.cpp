@@ -11,6 +11,7 @@
 #include "launch/diverged.hpp"
 #include "launch/info.hpp"
 #include "launch/ops.hpp"
+#include "launch/plan.hpp"
 #include "launch/run.hpp"
 #include "launch/verify.hpp"
 
@@ -24,6 +25,7 @@ constexpr std::array kCommands = {
     Command{"ops", "the operations, their aliases and what each accepts", list_operations},
     Command{"info", "the build, MPI, devices and ranks per node", show_info},
     Command{"diverged", "the first rank that left the course of a job that hung", name_diverged},
+    Command{"plan", "predicts and draws how ranks would share an attention", show_plan},
     Command{"bench", "measures kernels, ring, io, decode beside their ceilings", run_bench},
 };
 

@@ -1,0 +1,233 @@
+#include "launch/plan_options.hpp"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <vector>
+
+#include "kernels/error.hpp"
+#include "launch/parse.hpp"
+#include "sharding/block_forward.hpp"
+#include "sharding/head_layout.hpp"
+#include "sharding/mesh.hpp"
+#include "sharding/named_sharding.hpp"
+#include "sharding/simulate.hpp"
+
+namespace annulus::launch {
+namespace {
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::size_t begin = 0;
+  while (begin <= text.size()) {
+    const std::size_t end = std::min(text.find(separator, begin), text.size());
+    parts.push_back(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return parts;
+}
+
+std::int64_t parse_number(const std::string& text, const std::string& where) {
+  std::int64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  require(error == std::errc() && end == text.data() + text.size(), ExitCode::usage,
+          "plan: {}: \"{}\" is no whole number", where, text);
+  return number;
+}
+
+std::vector<std::int64_t> parse_numbers(const std::string& text, const std::string& where) {
+  std::vector<std::int64_t> numbers;
+  for (const std::string& part : split(text, ',')) numbers.push_back(parse_number(part, where));
+  return numbers;
+}
+
+std::vector<std::int64_t> random_offsets(const std::vector<std::int64_t>& count_and_seed,
+                                         std::int64_t seq) {
+  require(count_and_seed.size() <= 2 && count_and_seed[0] > 0, ExitCode::usage,
+          "plan: random-documents takes COUNT or COUNT,SEED, COUNT above 0");
+  std::mt19937_64 random(count_and_seed.size() == 2 ? static_cast<std::uint64_t>(count_and_seed[1])
+                                                    : 1);
+  std::vector<std::int64_t> offsets{0, seq};
+  for (std::int64_t i = 1; i < count_and_seed[0]; ++i) {
+    offsets.push_back(static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(seq + 1)));
+  }
+  std::sort(offsets.begin(), offsets.end());
+  return offsets;
+}
+
+void add_mask_part(const std::string& part, std::int64_t seq_q, std::int64_t seq_kv,
+                   AttentionMask& mask) {
+  const std::size_t colon = std::min(part.find(':'), part.size());
+  const std::string kind = part.substr(0, colon);
+  const std::string values = colon < part.size() ? part.substr(colon + 1) : "";
+  const auto set_documents = [&](const std::vector<std::int64_t>& offsets) {
+    mask.q_segments = {segments_of_offsets(offsets, seq_q)};
+    mask.kv_segments = {segments_of_offsets(offsets, seq_kv)};
+  };
+  if (kind == "full") return;
+  if (kind == "causal") {
+    mask.causal = true;
+  } else if (kind == "window") {
+    const std::vector<std::int64_t> sides = parse_numbers(values, "window");
+    require(sides.size() == 2, ExitCode::usage, "plan: window takes L,R, not \"{}\"", values);
+    mask.window_left = sides[0];
+    mask.window_right = sides[1];
+  } else if (kind == "prefix") {
+    mask.prefix_lengths = {parse_number(values, "prefix")};
+  } else if (kind == "documents") {
+    set_documents(parse_numbers(values, "documents"));
+  } else if (kind == "random-documents") {
+    set_documents(
+        random_offsets(parse_numbers(values, "random-documents"), std::min(seq_q, seq_kv)));
+  } else {
+    throw Error(ExitCode::usage,
+                fmt::format("plan: no mask \"{}\"; there are full, causal, window:L,R, prefix:N, "
+                            "documents:0,N,…, random-documents:COUNT",
+                            kind));
+  }
+}
+
+Rates machine_rates(const std::string& name) {
+  Rates rates;
+  if (name == "cpu") {
+    rates.reads_in_place = true;
+    rates.hides_node_transfers = false;
+    rates.node_ranks = 1 << 20;
+    return rates;
+  }
+  // One H100 a rank, eight a node over NVLink, 400 Gb/s a rank between nodes.
+  rates.forward_flops = 6.3e14;
+  rates.backward_flops = 5.3e14;
+  rates.copy_bandwidth = 1.4e12;
+  rates.node_bandwidth = 4e11;
+  rates.network_bandwidth = 4.5e10;
+  rates.latency_seconds = 1e-5;
+  rates.node_ranks = 8;
+  return rates;
+}
+
+SequenceLayout layout_of(const std::string& name, const MaskSlices& mask, std::int64_t batch,
+                         std::int64_t seq, int ranks) {
+  if (name == "contiguous") return SequenceLayout::contiguous(seq, ranks);
+  if (name == "zigzag") return SequenceLayout::zigzag(seq, ranks);
+  return SequenceLayout::balanced(mask, batch, seq, ranks);
+}
+
+// Axis sizes whose product is not given by a launcher: the product of what the text says.
+int product_of(const std::string& mesh) {
+  int product = 1;
+  for (const std::string& part : split(mesh, ',')) {
+    const std::size_t equals = std::min(part.find('='), part.size() - 1);
+    product *= static_cast<int>(parse_number(part.substr(equals + 1), "mesh"));
+  }
+  require(product > 0, ExitCode::usage,
+          "plan: mesh {} has no ranks; every axis needs a size of 1 or more", mesh);
+  return product;
+}
+
+}  // namespace
+
+std::optional<PlanOptions> parse_plan_options(Arguments arguments) {
+  PlanOptions options;
+  CLI::App app("predicts and draws how ranks would share an attention", "annulus plan");
+  app.add_option("--op", options.operation, "ring, all_gather, ulysses, hybrid or auto");
+  app.add_option("--mesh", options.mesh, "axis sizes such as sp=8,tp=2");
+  app.add_option("--seq,--seq-q", options.seq_q, "query tokens")->check(CLI::NonNegativeNumber);
+  app.add_option("--seq-kv", options.seq_kv, "key tokens, when not the same");
+  app.add_option("--batch", options.batch, "batch rows")->check(CLI::PositiveNumber);
+  app.add_option("--heads", options.heads, "query heads, or query:KV heads such as 64:8");
+  app.add_option("--head-dim", options.head_dim, "elements of a head")->check(CLI::PositiveNumber);
+  app.add_option("--dtype", options.dtype, "f32, bf16 or f16")
+      ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  app.add_option("--mask", options.mask,
+                 "parts joined by +: full, causal, window:L,R, prefix:N, documents:0,N,..., "
+                 "random-documents:COUNT");
+  app.add_option("--layout", options.layout, "how rows are dealt")
+      ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
+  app.add_option("--rates", options.rates, "h100, cpu, or a file that `bench ring` wrote");
+  app.add_flag("--backward", options.backward, "plan the backward pass too");
+  app.add_flag("--reproducible", options.reproducible, "the same bits for any number of ranks");
+  app.add_option("--svg", options.svg, "draw the plan into this file");
+  app.add_flag("--json", options.json, "print for machines");
+  if (!parse(app, arguments)) return std::nullopt;
+  return options;
+}
+
+AttentionMask parse_mask(const std::string& text, std::int64_t seq_q, std::int64_t seq_kv) {
+  AttentionMask mask;
+  for (const std::string& part : split(text, '+')) add_mask_part(part, seq_q, seq_kv, mask);
+  return mask;
+}
+
+Rates parse_rates(const std::string& text) {
+  if (text == "h100" || text == "cpu") return machine_rates(text);
+  std::ifstream file(text);
+  require(file.good(), ExitCode::missing_input,
+          "plan: no rates \"{}\"; accepted: h100, cpu, or a file that `annulus bench ring` wrote",
+          text);
+  try {
+    const nlohmann::json json = nlohmann::json::parse(file);
+    Rates rates;
+    rates.forward_flops = json.at("forward_flops");
+    rates.backward_flops = json.at("backward_flops");
+    rates.copy_bandwidth = json.at("copy_bandwidth");
+    rates.node_bandwidth = json.at("node_bandwidth");
+    rates.network_bandwidth = json.at("network_bandwidth");
+    rates.latency_seconds = json.at("latency_seconds");
+    rates.call_seconds = json.at("call_seconds");
+    rates.node_ranks = json.at("node_ranks");
+    rates.hides_node_transfers = json.at("hides_node_transfers");
+    rates.reads_in_place = json.at("reads_in_place");
+    return rates;
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(ExitCode::bad_data, fmt::format("plan: {}: {}", text, error.what()));
+  }
+}
+
+PlannedAttention plan_attention(const PlanOptions& options) {
+  const std::vector<std::string> heads = split(options.heads, ':');
+  const std::int64_t q_heads = parse_number(heads.front(), "heads");
+  const std::int64_t kv_heads = parse_number(heads.back(), "heads");
+  const Mesh mesh = Mesh::parse(options.mesh, product_of(options.mesh));
+  const int ranks = mesh.size("sp");
+  const int batch_parts = mesh.size(AxisTuple{"fsdp", "dp"});
+  const HeadLayout head_parts(q_heads, kv_heads, mesh.size("tp"));
+  const std::int64_t seq_kv = options.seq_kv > 0 ? options.seq_kv : options.seq_q;
+
+  auto request = std::make_shared<PlanRequest>();
+  request->batch = split_evenly(options.batch, batch_parts, 0).size();
+  request->mask = make_slices(parse_mask(options.mask, options.seq_q, seq_kv), request->batch,
+                              options.seq_q, seq_kv);
+  request->q_layout =
+      layout_of(options.layout, request->mask, request->batch, options.seq_q, ranks);
+  request->kv_layout =
+      options.seq_q == seq_kv ? request->q_layout : SequenceLayout::contiguous(seq_kv, ranks);
+  request->q_heads = head_parts.q_heads(0).size();
+  request->kv_heads = head_parts.kv_heads(0).size();
+  request->group_size = head_parts.groups(0).group_size;
+  request->q_head_offset = head_parts.groups(0).q_head_offset;
+  if (options.reproducible) request->block_rows = reproducible_block_rows(seq_kv);
+
+  PlannedAttention planned{
+      request, {}, parse_rates(options.rates), mesh.to_string(), mesh.ranks() / ranks};
+  planned.sizes.head_dim = planned.sizes.value_dim = options.head_dim;
+  planned.sizes.element_bytes = size_bytes(*parse_dtype(options.dtype));
+  if (options.operation == "auto") {
+    planned.request = choose_scheme(*request, planned.sizes, planned.rates, options.backward);
+    return planned;
+  }
+  const std::optional<Scheme> scheme = parse_scheme(options.operation);
+  require(scheme.has_value(), ExitCode::usage,
+          "plan: no plan for \"{}\"; there are ring, all_gather, ulysses, hybrid, auto",
+          options.operation);
+  request->scheme = *scheme;
+  request->node_ranks = std::min(planned.rates.node_ranks, ranks);
+  return planned;
+}
+
+}  // namespace annulus::launch
