@@ -4,12 +4,14 @@
 
 #include "launch/bench_io.hpp"
 #include "launch/bench_kernels.hpp"
+#include "launch/bench_ring.hpp"
 
 namespace annulus::launch {
 namespace {
 
 constexpr std::array kBenches = {
     Command{"kernels", "attention beside its ceiling and its peer", bench_kernels},
+    Command{"ring", "an attention over ranks beside its kernels and its plan", bench_ring},
     Command{"io", "reading and writing HDF5 beside plain pread and pwrite", bench_io},
 };
 
