@@ -1,5 +1,5 @@
 // Any words as the arguments of `annulus run`: they read as options whose text reads back to the
-// same, or are refused. Words end at newlines. Files are never opened: --config is left out.
+// same, or are refused. Words end at newlines. Left out: --config, which opens files, and --help.
 
 #include <algorithm>
 #include <cstddef>
@@ -14,7 +14,9 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);
-  if (text.find("--c") != std::string_view::npos) return 0;
+  for (const std::string_view left_out : {"--c", "--h", "-h"}) {
+    if (text.find(left_out) != std::string_view::npos) return 0;
+  }
   std::vector<std::string> words;
   for (std::size_t begin = 0; begin < text.size();) {
     const std::size_t end = std::min(text.find('\n', begin), text.size());
