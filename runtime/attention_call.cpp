@@ -140,8 +140,9 @@ bool AttentionCall::idle() const {
 
 std::int64_t AttentionCall::kept_pairs() const {
   if (idle()) return 0;
+  // Where heads are exchanged a rank sees all rows, for its share of the heads.
+  if (plan_) return plan_->area() * plan_->q_heads_of(plan_->head_rank()).size();
   const std::int64_t heads = setup_->heads.q_heads(setup_->head_part(rank_)).size();
-  if (plan_) return plan_->area() * heads;
   std::int64_t pairs = 0;
   for (std::int64_t b = 0; b < setup_->batch(rank_).size(); ++b) pairs += local_mask_.area(b);
   return pairs * heads;
