@@ -17,5 +17,5 @@ refuse "kernels or sharding knows ranks or files" "(mpi|nccl|hdf5|H5[A-Za-z]*)\.
 refuse "sharding knows a device" "cuda" sharding
 refuse "a public header includes a transport, device or file header" \
   "(mpi|nccl|cudnn|hdf5|H5[A-Za-z]*|cuda[A-Za-z_]*)\.h" --include=*.hpp \
-  --exclude-dir=cuda --exclude-dir=sm90 --exclude-dir=cudnn kernels sharding runtime
+  --exclude=peer_*.hpp --exclude-dir=cuda --exclude-dir=sm90 --exclude-dir=cudnn kernels sharding runtime
 exit $failures

@@ -29,6 +29,8 @@ std::string content_of(const std::string& path) {
   return text.str();
 }
 
+void write_text(const std::string& path, const std::string& text) { std::ofstream(path) << text; }
+
 std::vector<std::string> Outcome::messages() const {
   static const std::regex ours("^rank [0-9]+: ");
   std::vector<std::string> lines;

@@ -39,6 +39,7 @@ class TemporaryFolder {
 };
 
 std::string content_of(const std::string& path);
+void write_text(const std::string& path, const std::string& text);
 
 /// The small real file of the tests.
 std::string sample_file();

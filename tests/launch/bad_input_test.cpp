@@ -1,0 +1,111 @@
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "launch/program.hpp"
+#include "launch/qkv_file.hpp"
+
+namespace annulus::testing {
+namespace {
+
+struct BadInput {
+  std::string name;
+  int exit_code = 64;
+  std::vector<std::string> words;      // that the message has to hold
+  std::vector<std::string> arguments;  // besides --input and --output
+  QkvFile file;
+  std::string output = "out.h5";
+};
+
+std::ostream& operator<<(std::ostream& stream, const BadInput& bad) { return stream << bad.name; }
+
+class BadInputTest : public ::testing::TestWithParam<BadInput> {};
+
+// What, where, expected and found in one line, the exit code, and no output.
+TEST_P(BadInputTest, IsRefusedInOneLine) {
+  const BadInput& bad = GetParam();
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  bad.file.write(input);
+  std::vector<std::string> arguments = {"run", "--input", input, "--output",
+                                        folder.file(bad.output)};
+  arguments.insert(arguments.end(), bad.arguments.begin(), bad.arguments.end());
+  const Outcome outcome = run_annulus(2, arguments);
+  EXPECT_EQ(outcome.exit_code, bad.exit_code) << outcome.err;
+  const std::vector<std::string> messages = outcome.messages();
+  ASSERT_EQ(messages.size(), 1U) << outcome.err;
+  for (const std::string& word : bad.words) {
+    EXPECT_NE(messages[0].find(word), std::string::npos) << "no \"" << word << "\" in\n"
+                                                         << messages[0];
+  }
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_EQ(folder.listing(),
+            bad.file.absent ? std::vector<std::string>{} : std::vector<std::string>{"in.h5"});
+}
+
+const std::vector<std::string> kRing = {"--op", "ring", "--mesh", "sp=2"};
+
+std::vector<BadInput> bad_inputs() {
+  std::vector<BadInput> all;
+  const auto add = [&](const std::string& name, int code, std::vector<std::string> words,
+                       std::vector<std::string> arguments = kRing) -> QkvFile& {
+    all.push_back({name, code, std::move(words), std::move(arguments), {}, "out.h5"});
+    return all.back().file;
+  };
+  add("missing_file", 66, {"in.h5"}).absent = true;
+  add("missing_dataset", 66, {"in.h5", "nowhere", "query"},
+      {"--op", "ring", "--mesh", "sp=2", "--query", "nowhere", "--key", "key", "--value", "value"});
+  add("no_value", 66, {"in.h5", "value"}).value = {};
+  add("rank_3", 65, {"in.h5", "query", "[2, 12, 16]", "batch"}).query = {2, 12, 16};
+  add("integers", 65, {"in.h5", "query", "i32", "f32, f16, bf16"}).integer_query = true;
+  add("batch", 65, {"in.h5", "batch", "1", "2"}).key = {1, 12, 2, 16};
+  add("heads_do_not_group", 65, {"in.h5", "6", "4"}).set_heads(6, 4);
+  add("head_dim", 65, {"in.h5", "16", "8"}).key = {2, 12, 2, 8};
+  add("mesh", 64, {"sp=3", "3", "2"}, {"--op", "ring", "--mesh", "sp=3"});
+  add("mesh_axis", 64, {"xx", "sp"}, {"--op", "ring", "--mesh", "xx=2"});
+  add("operation", 64, {"rong", "ring", "ulysses", "flash_attn2", "vanilla"},
+      {"--op", "rong", "--mesh", "sp=2"});
+  add("truncated", 65, {"in.h5", "truncated"}).truncate_to = 0.5;
+  add("no_hdf5", 65, {"in.h5", "HDF5"}).garbage = true;
+  add("option", 64, {"--windoww"}, {"--op", "ring", "--windoww", "3"});
+  add("value_of_option", 64, {"--soft-cap", "-3"}, {"--op", "ring", "--soft-cap", "-3"});
+  add("weights", 64, {"ring", "weights", "vanilla"},
+      {"--op", "ring", "--mesh", "sp=2", "--weights"});
+  add("output_folder", 73, {"nowhere/out.h5"});
+  all.back().output = "nowhere/out.h5";
+  return all;
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, BadInputTest, ::testing::ValuesIn(bad_inputs()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(BadInput, AnExistingOutputIsKeptUnlessForced) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  const std::string output = folder.file("out.h5");
+  QkvFile{}.write(input);
+  QkvFile{}.write(output);
+  const std::string before = content_of(output);
+  std::vector<std::string> arguments = {"run",     "--op", "ring",     "--mesh", "sp=2",
+                                        "--input", input,  "--output", output};
+  const Outcome refused = run_annulus(2, arguments);
+  EXPECT_EQ(refused.exit_code, 73);
+  ASSERT_EQ(refused.messages().size(), 1U) << refused.err;
+  EXPECT_NE(refused.messages()[0].find("--force"), std::string::npos) << refused.messages()[0];
+  EXPECT_EQ(content_of(output), before);
+  arguments.emplace_back("--force");
+  EXPECT_EQ(run_annulus(2, arguments).exit_code, 0);
+  EXPECT_NE(content_of(output), before);
+  EXPECT_EQ(folder.listing(), (std::vector<std::string>{"in.h5", "out.h5"}));
+}
+
+TEST(BadInput, AWrongCommandListsTheCommands) {
+  const Outcome outcome = run_annulus(0, {"walk"});
+  EXPECT_EQ(outcome.exit_code, 64);
+  EXPECT_EQ(outcome.err.rfind("rank 0: annulus: no command \"walk\"; there are run, verify", 0), 0U)
+      << outcome.err;
+}
+
+}  // namespace
+}  // namespace annulus::testing
