@@ -6,6 +6,7 @@
 
 #include "kernels/error.hpp"
 #include "runtime/agreement.hpp"
+#include "runtime/hdf5_probe.hpp"
 
 namespace annulus {
 namespace {
@@ -198,10 +199,10 @@ class CheckpointShapes {
   void expect(bool holds, CheckpointField field, int dim, CheckpointField other, int other_dim,
               const char* what, const char* also) {
     if (holds) return;
-    problems_.add(Error(
-        ExitCode::bad_data,
-        fmt::format("{}: {}: {} {}, expected {}{} as in {}", path_, dataset(field), what,
-                    extent(field, dim), extent(other, other_dim), also, dataset(other))));
+    problems_.add(
+        Error(ExitCode::bad_data,
+              fmt::format("{}: {}: {} {}, expected {}{} as in {}", path_, dataset(field), what,
+                          extent(field, dim), extent(other, other_dim), also, dataset(other))));
   }
 
   void same(CheckpointField field, int dim, CheckpointField other, int other_dim,
@@ -225,11 +226,10 @@ class CheckpointShapes {
     const std::int64_t kv_heads = extent(F::key, 2);
     const bool groups = kv_heads > 0 ? q_heads % kv_heads == 0 : q_heads == 0;
     if (groups) return;
-    problems_.add(Error(
-        ExitCode::bad_data,
-        fmt::format("{}: {}: {} heads do not group over the {} heads of {}; "
-                    "expected a multiple",
-                    path_, dataset(F::query), q_heads, kv_heads, dataset(F::key))));
+    problems_.add(Error(ExitCode::bad_data,
+                        fmt::format("{}: {}: {} heads do not group over the {} heads of {}; "
+                                    "expected a multiple",
+                                    path_, dataset(F::query), q_heads, kv_heads, dataset(F::key))));
   }
 
   const std::string& path_;
@@ -248,12 +248,6 @@ std::string_view name(CheckpointField field) {
 
 namespace {
 
-Hdf5File open_on_all(Communicator& communicator, const std::string& path) {
-  std::optional<Hdf5File> file;
-  agree(communicator, [&] { file.emplace(path); });
-  return std::move(*file);
-}
-
 CheckpointRequest completed(const Hdf5File& file, CheckpointRequest request) {
   using F = CheckpointField;
   const std::array<F, 3> fields = {F::query, F::key, F::value};
@@ -267,10 +261,30 @@ CheckpointRequest completed(const Hdf5File& file, CheckpointRequest request) {
   return request;
 }
 
+// Meets everything of the file that check() and read() will ask HDF5 for.
+void walk(const CheckpointRequest& request) {
+  const Hdf5File file(request.path);
+  for (const std::string& dataset : completed(file, request).datasets) {
+    try {
+      if (!dataset.empty()) file.touch(file.describe(dataset));
+    } catch (const Error&) {  // check() says it
+    }
+  }
+}
+
+Hdf5File open_on_all(Communicator& communicator, const CheckpointRequest& request) {
+  agree(communicator, [&] {
+    if (communicator.rank() == 0) probe_in_child(request.path, [&] { walk(request); });
+  });
+  std::optional<Hdf5File> file;
+  agree(communicator, [&] { file.emplace(request.path); });
+  return std::move(*file);
+}
+
 }  // namespace
 
 Checkpoint::Checkpoint(Communicator& communicator, const CheckpointRequest& request)
-    : file_(open_on_all(communicator, request.path)) {
+    : file_(open_on_all(communicator, request)) {
   agree(communicator, [&] { check(completed(file_, request)); });
 }
 

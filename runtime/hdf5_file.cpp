@@ -4,6 +4,8 @@
 #include <hdf5.h>
 #include <sys/stat.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <utility>
 
@@ -161,6 +163,22 @@ std::optional<std::string> Hdf5File::text_attribute(const std::string& object,
   std::string text = annulus::text_attribute(handle.get().value, name);
   if (text.empty()) return std::nullopt;
   return text;
+}
+
+void Hdf5File::touch(const DatasetInfo& dataset) const {
+  if (dataset.storage != Storage::chunked) return;
+  constexpr int kMostChunks = 1000000;
+  const Hdf5Guard guard;
+  const OpenDataset opened = open_dataset(dataset.path);
+  int count = 0;
+  for_each_cell(Selection(dataset.shape), dataset.chunk, [&](const Shape& cell) {
+    std::array<hsize_t, Shape::kMaxRank> offset{};
+    for (int dim = 0; dim < cell.rank(); ++dim) {
+      offset[static_cast<std::size_t>(dim)] = static_cast<hsize_t>(cell[dim] * dataset.chunk[dim]);
+    }
+    hsize_t bytes = 0;  // an error is the reader's to report
+    if (++count <= kMostChunks) H5Dget_chunk_storage_size(opened.id(), offset.data(), &bytes);
+  });
 }
 
 void Hdf5File::read(const DatasetInfo& dataset, const Selection& selection, TensorView destination,
