@@ -6,6 +6,7 @@
 
 #include "kernels/error.hpp"
 #include "runtime/redistribute.hpp"
+#include "sharding/block_forward.hpp"
 
 namespace annulus {
 namespace {
@@ -64,17 +65,42 @@ std::string in_words(const AttentionMask& mask) {
       digest_of(mask.prefix_lengths), mask.block_q, mask.block_kv, digest_of(mask.kept_blocks));
 }
 
-/// Ranks of the first run of `members` that share a node, if all runs of that length do; else 1.
-int ranks_per_node(const Context& context, const std::vector<int>& members) {
-  std::size_t length = 1;
-  while (length < members.size() &&
-         context.node_of(members[length]) == context.node_of(members.front())) {
-    ++length;
+/// The part of a mask that the rows of `runs` see.
+MaskSlices rows_of(const MaskSlices& mask, std::span<const RowRun> runs, std::int64_t seq_kv) {
+  MaskSlices part;
+  const auto add = [&](std::span<const Slice> slices) {
+    for (const Slice& slice : slices) {
+      for (const RowRun& run : runs) {
+        const Slice seen = clip(slice, run.global, {0, seq_kv});
+        if (!seen.q.empty() && !seen.k.empty()) part.slices.push_back(seen);
+      }
+    }
+  };
+  if (mask.batch_offsets.empty()) {
+    add(mask.slices);
+    return part;
   }
-  for (std::size_t i = 0; i < members.size(); ++i) {
-    if (context.node_of(members[i]) != context.node_of(members[i - i % length])) return 1;
+  part.batch_offsets.push_back(0);
+  for (std::size_t b = 0; b + 1 < mask.batch_offsets.size(); ++b) {
+    add(mask.view().of_batch(static_cast<std::int64_t>(b)));
+    part.batch_offsets.push_back(static_cast<std::int64_t>(part.slices.size()));
   }
-  return members.size() % length == 0 ? static_cast<int>(length) : 1;
+  return part;
+}
+
+/// Ranks that exchange heads in a hybrid: consecutive members on one node, no more than there are
+/// heads, and as many in every such group.
+int head_ranks(const Context& context, const std::vector<int>& members, std::int64_t q_heads) {
+  const auto shared = [&](std::size_t length) {
+    if (members.size() % length != 0) return false;
+    for (std::size_t i = 0; i < members.size(); ++i) {
+      if (context.node_of(members[i]) != context.node_of(members[i - i % length])) return false;
+    }
+    return true;
+  };
+  std::size_t length = std::min(members.size(), static_cast<std::size_t>(q_heads));
+  while (length > 1 && !shared(length)) --length;
+  return static_cast<int>(length);
 }
 
 }  // namespace
@@ -111,27 +137,38 @@ void AttentionCall::plan() {
   const std::span<const RowRun> runs = setup_->q_rows.runs(part);
   positions_ = positions_of(runs);
   if (idle()) return;
-  if (traits.key_rows == KeyRows::whole) {
+  const bool whole = traits.key_rows == KeyRows::whole;
+  if (whole && !options_.reproducible) {
     const std::vector<RowRun> all = {{0, {0, shape.seq_kv}}};
     local_mask_ = localize(mask_, runs, {&all, 1});
     return;
   }
-  auto request = std::make_shared<PlanRequest>();
+  PlanRequest request;
   const int head_part = setup_->head_part(rank_);
   const HeadGroups groups = setup_->heads.groups(head_part);
-  request->scheme = operation_.scheme(*setup_, options_);
-  request->q_layout = setup_->q_rows;
-  request->kv_layout = setup_->kv_rows;
-  request->mask = mask_;
-  request->batch = batch.size();
-  request->q_heads = setup_->heads.q_heads(head_part).size();
-  request->kv_heads = setup_->heads.kv_heads(head_part).size();
-  request->group_size = groups.group_size;
-  request->q_head_offset = groups.q_head_offset;
-  request->node_ranks =
-      ranks_per_node(context_, setup_->mesh().group(rank_, setup_->sequence_axes));
-  request->stage_rows = operation_.tuning().stage_rows;
-  plan_.emplace(std::move(request), part);
+  request.q_layout = setup_->q_rows;
+  request.kv_layout = setup_->kv_rows;
+  request.mask = mask_;
+  request.batch = batch.size();
+  request.q_heads = setup_->heads.q_heads(head_part).size();
+  request.kv_heads = setup_->heads.kv_heads(head_part).size();
+  request.group_size = groups.group_size;
+  request.q_head_offset = groups.q_head_offset;
+  request.node_ranks =
+      head_ranks(context_, setup_->mesh().group(rank_, setup_->sequence_axes), request.q_heads);
+  request.stage_rows = operation_.tuning().stage_rows;
+  if (options_.reproducible) request.block_rows = reproducible_block_rows(shape.seq_kv);
+  if (!whole) {
+    plan_.emplace(operation_.choose(std::move(request), shape), part);
+    return;
+  }
+  // The grid of blocks is walked by a ring in which this rank holds all keys, needs nobody and
+  // nobody needs it.
+  request.mask = rows_of(mask_, runs, shape.seq_kv);
+  std::vector<std::int64_t> rows(static_cast<std::size_t>(setup_->q_rows.ranks()));
+  rows[static_cast<std::size_t>(part)] = shape.seq_kv;
+  request.kv_layout = SequenceLayout::contiguous(rows);
+  plan_.emplace(std::make_shared<const PlanRequest>(std::move(request)), part);
 }
 
 bool AttentionCall::idle() const {
@@ -190,7 +227,8 @@ void AttentionCall::agree(const std::vector<const DistributedTensor*>& extra) {
     state_tensor(fmt::format("given result {}", i), extra[i]);
   }
   if (failure_) statement.fail(failure_->code(), failure_->what());
-  const bool planned = !failure_ && plan_.has_value();
+  const bool dealt = operation_.traits().key_rows == KeyRows::dealt;
+  const bool planned = !failure_ && plan_.has_value() && dealt;
   const std::vector<Statement::Numbers> numbers = statement.agree(
       context_.world(),
       {failure_ ? 0 : kept_pairs(), planned ? static_cast<std::int64_t>(plan_->hash()) : 0});
@@ -207,7 +245,7 @@ void AttentionCall::agree(const std::vector<const DistributedTensor*>& extra) {
   }
   // Groups are made by all ranks together, also by those that have nothing to do.
   static_cast<void>(sequence_group());
-  if (operation_.traits().key_rows == KeyRows::dealt) static_cast<void>(kernel_ranks());
+  if (dealt || options_.reproducible) static_cast<void>(kernel_ranks());
   const double mean = report_.pairs / static_cast<double>(numbers.size());
   report_.imbalance = mean > 0.0 ? static_cast<double>(largest) / mean : 1.0;
 }

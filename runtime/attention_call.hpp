@@ -90,7 +90,7 @@ class AttentionCall {
   MaskSlices mask_;                     // of this rank's batch rows
   MaskSlices local_mask_;               // its rows against all keys, where keys are whole
   std::vector<PositionRun> positions_;  // of its query rows
-  std::optional<AttentionPlan> plan_;   // where keys are dealt
+  std::optional<AttentionPlan> plan_;   // where keys are dealt, or blocks of them are merged
   OperationReport report_;
 
   WorkingInput query_;

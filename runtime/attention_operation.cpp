@@ -49,9 +49,10 @@ Tensor cleared(const AttentionCall& call, const Shape& shape) {
 
 }  // namespace
 
-Scheme AttentionOperation::scheme(const AttentionSetup& /*setup*/,
-                                  const AttentionOptions& /*options*/) const {
-  return traits_.scheme;
+std::shared_ptr<const PlanRequest> AttentionOperation::choose(
+    PlanRequest request, const AttentionShape& /*shape*/) const {
+  request.scheme = traits_.scheme;
+  return std::make_shared<const PlanRequest>(std::move(request));
 }
 
 AttentionLayouts AttentionOperation::layouts(const AttentionShape& shape,

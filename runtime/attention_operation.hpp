@@ -1,5 +1,6 @@
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 
@@ -41,8 +42,10 @@ class AttentionOperation : public OperationImpl {
   bool causal(const AttentionOptions& options) const {
     return options.causal.value_or(traits_.causal);
   }
-  /// How keys travel in an attention of this setup; overridden where that is a choice.
-  virtual Scheme scheme(const AttentionSetup& setup, const AttentionOptions& options) const;
+  /// Completes a request by how keys travel, from facts that all ranks of its group share;
+  /// overridden where that is a choice.
+  virtual std::shared_ptr<const PlanRequest> choose(PlanRequest request,
+                                                    const AttentionShape& shape) const;
   using OperationImpl::tuning;
 
  private:

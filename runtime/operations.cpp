@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "runtime/auto_attention.hpp"
 #include "runtime/blocksparse_attention.hpp"
 #include "runtime/flash_attention.hpp"
 #include "runtime/hybrid_attention.hpp"
@@ -13,12 +14,8 @@ namespace annulus {
 
 std::span<const OperationEntry> operations() {
   static const std::array kOperations = {
-      vanilla_attention(),
-      flash_attention(),
-      ring_attention(),
-      ulysses_attention(),
-      hybrid_attention(),
-      blocksparse_attention(),
+      vanilla_attention(), flash_attention(),       ring_attention(), ulysses_attention(),
+      hybrid_attention(),  blocksparse_attention(), auto_attention(),
   };
   return kOperations;
 }

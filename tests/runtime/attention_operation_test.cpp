@@ -20,7 +20,7 @@ constexpr MeshCase kMeshes[] = {{1, "sp=1"},          {2, "sp=2"},      {3, "tp=
                                 {4, "sp=2,tp=2"},     {4, "dp=2,sp=2"}, {6, "sp=3,tp=2"},
                                 {8, "dp=2,sp=2,tp=2"}};
 
-constexpr const char* kOperations[] = {"vanilla", "flash", "ring", "ulysses", "splash"};
+constexpr const char* kOperations[] = {"vanilla", "flash", "ring", "ulysses", "splash", "auto"};
 
 void on_every_mesh(const std::function<void(Context&, const Mesh&)>& body) {
   for (const MeshCase& m : kMeshes) {
@@ -170,6 +170,51 @@ TEST(AttentionOperation, RowsWithoutKeysAreZeroWithALogSumOfMinusInfinity) {
         expect_forward(context, operation, Mesh({{"sp", ranks}}, ranks), c, tensors, 2e-5);
       }
     });
+  }
+}
+
+/// The bits of O and LSE do not depend on the operation, the mesh or the deal.
+TEST(AttentionOperation, ReproducibleGivesTheSameBitsEverywhere) {
+  OperationCase c;
+  c.shape = {.batch = 2,
+             .seq_q = 700,
+             .seq_kv = 700,
+             .q_heads = 8,
+             .kv_heads = 2,
+             .head_dim = 16,
+             .value_dim = 16};
+  c.options.causal = true;
+  c.options.reproducible = true;
+  c.options.dropout = 0.1F;
+  OperationTensors tensors = random_inputs(c);
+  run_reference(c, tensors, false);
+  run_ranks(1, [&](Communicator& ranks) {
+    Context context(ranks);
+    const auto op =
+        OperationRegistry::create("ring", resolve_metadata(context, {.mesh = Mesh::standard(1)}));
+    const AttentionLayouts layouts = op->layouts(c.shape, c.options);
+    const DistributedTensor q = spread(tensors.query, layouts.query, 0);
+    const DistributedTensor k = spread(tensors.key, layouts.key, 0);
+    const DistributedTensor v = spread(tensors.value, layouts.value, 0);
+    GatheredOutput whole = (*op)({q, k, v}, c.options).gather(context);
+    EXPECT_LE(max_difference(whole.attention_outputs, tensors.output), 2e-5);
+    tensors.output = std::move(whole.attention_outputs);
+    tensors.log_sum_exp = std::move(whole.log_sum_exp);
+  });
+  constexpr MeshCase kReproducible[] = {{2, "sp=2"}, {3, "sp=3"},      {4, "sp=4"},
+                                        {5, "sp=5"}, {4, "sp=2,tp=2"}, {4, "dp=2,sp=2"},
+                                        {7, "sp=7"}, {8, "sp=8"}};
+  for (const MeshCase& m : kReproducible) {
+    for (const auto deal : {SequenceDeal::contiguous, SequenceDeal::zigzag}) {
+      OperationCase dealt = c;
+      dealt.options.deal = deal;
+      run_ranks(m.ranks, [&](Communicator& ranks) {
+        Context context(ranks);
+        for (const char* operation : {"ring", "ulysses", "flash", "auto"}) {
+          expect_forward(context, operation, Mesh::parse(m.mesh, m.ranks), dealt, tensors, 0.0);
+        }
+      });
+    }
   }
 }
 
