@@ -53,6 +53,7 @@ std::unique_ptr<OperationImpl> make_operation(Context& context, const RunOptions
   config.mesh = mesh_of(options, context.size());
   config.runtime_dtype = dtype;
   if (!options.backend.empty()) config.backend = options.backend;
+  config.transport = parse_transport(options.transport);
   config.softmax_scale = options.scale;
   config.dropout_prob = options.dropout;
   return OperationRegistry::create(options.operation, resolve_metadata(context, config));
@@ -190,6 +191,8 @@ void run_attention(Arguments arguments) {
   if (!options) return;
   require(options->backward == !options->input.dataset(CheckpointField::grad_output).empty(),
           ExitCode::usage, "annulus run: --backward and --grad-output go together");
+  require(options->trace.empty(), ExitCode::usage,
+          "annulus run: --trace: the stages of a run are not recorded; see `annulus bench`");
   Watchdog::of_process().start(options->timeout_seconds);
   Context context;
   run(context, *options);
