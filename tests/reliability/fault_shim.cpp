@@ -12,6 +12,7 @@
 //   F_DELAY_MS=100  how long delay sleeps; jitter sleeps a random part of it at every call
 //   F_SEED=1        of jitter
 //   F_ONCE=FILE     only the first time: the fault makes this file
+//   F_AT=FILE       gets the nanoseconds of the steady clock at which the fault happened
 //   F_READY=FILE    FILE.RANK appears at the fifth call of MPI
 //   F_COUNTS=FILE   FILE.RANK gets "calls writes allocations KiB" when the process ends
 #include <dlfcn.h>
@@ -125,9 +126,21 @@ bool has_happened() {
   return file < 0;
 }
 
+void note_time() {
+  const char* path = std::getenv("F_AT");
+  if (path == nullptr) return;
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  if (std::FILE* file = std::fopen(path, "w")) {
+    std::fprintf(file, "%lld\n", static_cast<long long>(now.tv_sec) * 1000000000 + now.tv_nsec);
+    std::fclose(file);
+  }
+}
+
 /// Returns the errno to fail with, or 0.
 int act() {
   if (has_happened()) return 0;
+  note_time();
   if (is("kill")) raise(SIGKILL);
   if (is("stop")) raise(SIGSTOP);
   if (is("term")) raise(SIGTERM);

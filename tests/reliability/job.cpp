@@ -97,6 +97,7 @@ Job::Job(const JobOptions& options) : options_(options), token_(random_token()) 
       {"OMPI_MCA_shmem_mmap_backing_file_base_dir", memory_},
       {"TMPDIR", memory_},
       {"ANNULUS_DUMP_DIR", folder_.file("steps")},
+      {"F_AT", folder_.file("fault")},
       {"LD_PRELOAD", ANNULUS_FAULT_SHIM}};
   for (const auto& [name, value] : options.environment) environment[name] = value;
   const std::vector<std::string> command = command_of(options);
@@ -163,8 +164,11 @@ JobOutcome Job::wait() {
     if (now_seconds() > deadline) break;
     std::this_thread::sleep_for(kPoll);
   }
-  outcome.seconds = now_seconds() - started_;
-  outcome.ended_itself = outcome.seconds <= options_.limit_seconds;
+  const double ended = now_seconds();
+  outcome.ended_itself = ended - started_ <= options_.limit_seconds;
+  double fault_ns = 0.0;
+  const bool at_known = static_cast<bool>(std::ifstream(folder_.file("fault")) >> fault_ns);
+  outcome.seconds = ended - (at_known ? fault_ns * 1e-9 : started_);
   if (outcome.ended_itself) {
     outcome.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     launcher_ = -1;
