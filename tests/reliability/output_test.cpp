@@ -67,6 +67,9 @@ TEST(Promise10, AWriteThatFailsEndsTheJobAndKeepsTheEarlierOutput) {
 }
 
 TEST(Promise10, ARealFullDiskAndFileSizeLimit) {
+  if (run_program({"unshare", "--mount", "true"}).exit_code != 0) {
+    GTEST_SKIP() << "no mount namespaces here";
+  }
   Figures figures("10, tmpfs and RLIMIT_FSIZE");
   for (const std::string limit : {"disk", "size"}) {
     const TemporaryFolder folder;
