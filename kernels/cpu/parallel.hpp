@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/scratch.hpp"
 #include "kernels/error.hpp"
+#include "kernels/host_memory.hpp"
 
 namespace annulus::kernels::cpu {
 
@@ -20,7 +21,8 @@ void parallel(std::int64_t count, std::int64_t scratch_floats, const Task& task)
     for (std::int64_t i = 0; i < count; ++i) {
       try {
         require(scratch.reserve(scratch_floats), ExitCode::no_memory,
-                "attention: no memory for {} bytes of tiles", scratch_floats * 4);
+                "memory: {} bytes wanted on the host, {} available", scratch_floats * 4,
+                available_host_bytes());
         task(i, scratch);
       } catch (...) {
 #pragma omp critical(annulus_cpu_failure)
