@@ -116,8 +116,14 @@ class DecodeRows {
       if (problem_.dropout.probability > 0.0F) drop(head, run, r, s);
     }
     load_tile(problem_.v, head, run, v_stride_, v_);
+    const bool finite = run.full || all_finite(v_, run.keys.size() * v_stride_);
     for (std::int64_t r = 0; r < head.rows.count; r += 4) {
-      add_values(run.keys.size(), rescale + r, p_ + r * kScoreStride, head.o + r * v_stride_);
+      float* o = head.o + r * v_stride_;
+      if (finite) {
+        add_values<Weights::all>(run.keys.size(), rescale + r, p_ + r * kScoreStride, o);
+      } else {
+        add_values<Weights::kept>(run.keys.size(), rescale + r, p_ + r * kScoreStride, o);
+      }
     }
   }
 
@@ -240,20 +246,24 @@ class DecodeRows {
     return rescale;
   }
 
+  // Whether terms of weight 0 are left out: 0 times an infinite or NaN value is not 0.
+  enum class Weights : std::uint8_t { all, kept };
+
   // o ← o·rescale + p·V for four rows.
+  template <Weights kWeights>
   void add_values(std::int64_t keys, const float* rescale, const float* p, float* o) {
     // Four rows by four columns of sums, where the registers hold them.
     constexpr int kColumns = kPanelRows == 8 ? 4 : 2;
     std::int64_t column = 0;
     for (; column + kColumns * kLanes <= v_stride_; column += kColumns * kLanes) {
-      add_columns<kColumns>(keys, rescale, p, v_ + column, o + column);
+      add_columns<kColumns, kWeights>(keys, rescale, p, v_ + column, o + column);
     }
     for (; column < v_stride_; column += kLanes) {
-      add_columns<1>(keys, rescale, p, v_ + column, o + column);
+      add_columns<1, kWeights>(keys, rescale, p, v_ + column, o + column);
     }
   }
 
-  template <int kColumns>
+  template <int kColumns, Weights kWeights>
   HWY_INLINE void add_columns(std::int64_t keys, const float* rescale, const float* p,
                               const float* v, float* o) {
     const Floats d;
@@ -270,6 +280,7 @@ class DecodeRows {
       for (int c = 0; c < kColumns; ++c) row[c] = hn::Load(d, v + c * kLanes);
       HWY_UNROLL(4)
       for (int r = 0; r < 4; ++r) {
+        if (kWeights == Weights::kept && p[r * kScoreStride + key] == 0.0F) continue;
         const FloatVec weight = hn::Set(d, p[r * kScoreStride + key]);
         HWY_UNROLL(4)
         for (int c = 0; c < kColumns; ++c) sum[r][c] = hn::MulAdd(weight, row[c], sum[r][c]);

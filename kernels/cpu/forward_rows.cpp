@@ -258,9 +258,37 @@ class ForwardRows {
                         buffers_.factor);
       multiply_tile(keys, tile.vectors, buffers_.factor, p);
     }
+    if (!run.full && !values_are_finite(keys, v + first_key * 8)) {
+      return add_kept_values(tile, keys, v + first_key * 8, p);
+    }
     gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
                                           {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
                                           kTileLanes, rescale_, &prefetch_);
+  }
+
+  bool values_are_finite(std::int64_t keys, const float* v) const {
+    for (std::int64_t column = 0; column < problem_.value_dim(); column += 8) {
+      if (!all_finite(v + column * kKeyTile, keys * 8)) return false;
+    }
+    return true;
+  }
+
+  // The same sums, bit for bit, without the terms of weight 0.
+  void add_kept_values(QueryTile& tile, std::int64_t keys, const float* v, const float* p) const {
+    const Floats d;
+    for (std::int64_t column = 0; column < problem_.value_dim(); ++column) {
+      const float* values = v + column / 8 * (8 * kKeyTile) + column % 8;
+      for (std::int64_t n = 0; n < tile.vectors; ++n) {
+        FloatVec sum = hn::Zero(d);
+        for (std::int64_t key = 0; key < keys; ++key) {
+          const FloatVec weight = hn::Load(d, p + key * kTileLanes + n * kLanes);
+          const FloatVec more = hn::MulAdd(hn::Set(d, values[key * 8]), weight, sum);
+          sum = hn::IfThenElse(hn::Eq(weight, hn::Zero(d)), sum, more);
+        }
+        float* at = tile.o + column * kTileLanes + n * kLanes;
+        hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale_ + n * kLanes), sum), d, at);
+      }
+    }
   }
 
   void end_tile(QueryTile& tile) {

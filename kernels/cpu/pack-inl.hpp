@@ -6,7 +6,9 @@
 #define ANNULUS_CPU_PACK_INL
 #endif
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
@@ -154,6 +156,18 @@ HWY_INLINE void store_in_panels(const float* HWY_RESTRICT from, std::int64_t col
   for (std::int64_t c = 0; c < columns; c += 8) {
     load_row_f32(from + c, 8, panels + c * rows + row * 8);
   }
+}
+
+/// Whether none of the values is infinite or NaN. A weight of 0 does not silence those in a
+/// product, so an edge tile that holds one takes a slower way.
+inline bool all_finite(const float* HWY_RESTRICT values, std::int64_t count) {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    largest = std::max(largest, bits & 0x7fffffffU);
+  }
+  return largest < 0x7f800000U;
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE
