@@ -70,7 +70,8 @@ class Hdf5File {
   /// Throws missing_input when there is no such dataset (naming what there is), bad_data when its
   /// type, rank or storage cannot be read here.
   DatasetInfo describe(const std::string& dataset) const;
-  /// Looks up every chunk of a dataset, up to a million, without reading its data.
+  /// Looks up every chunk of a dataset, up to a million; those that HDF5 itself must decode (szip,
+  /// nbit, scaleoffset) are decoded once.
   void touch(const DatasetInfo& dataset) const;
   /// A string attribute of a dataset, a group or the root ("/"), when there is one.
   std::optional<std::string> text_attribute(const std::string& object,

@@ -1,5 +1,6 @@
 #include "runtime/hdf5_probe.hpp"
 
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,7 +15,7 @@
 namespace annulus {
 namespace {
 
-constexpr unsigned kMostSeconds = 60;
+constexpr unsigned kMostSeconds = 20;
 
 // The program's own handlers would report a rank that died.
 void restore_default_signals() {
@@ -28,6 +29,7 @@ void restore_default_signals() {
 
 [[noreturn]] void run_child(const std::function<void()>& walk) {
   restore_default_signals();
+  static_cast<void>(prctl(PR_SET_PDEATHSIG, SIGKILL));
   alarm(kMostSeconds);
   try {
     walk();
