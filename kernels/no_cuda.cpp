@@ -1,4 +1,5 @@
 #include "kernels/cuda_support.hpp"
+#include "kernels/decode_support.hpp"
 #include "kernels/error.hpp"
 
 namespace annulus::kernels::cuda {
@@ -37,5 +38,7 @@ void sink_gradient(ConstTensorView /*sinks*/, ConstTensorView /*log_sum_exp*/,
   absent();
 }
 std::span<const AttentionBackend> backends() { return {}; }
+std::span<const DecodeBackend> decode_backends() { return {}; }
+void append_to_cache(const CacheAppend& /*call*/) { absent(); }
 
 }  // namespace annulus::kernels::cuda
