@@ -16,6 +16,7 @@
 #include "launch/input_digest.hpp"
 #include "launch/mask_input.hpp"
 #include "launch/options.hpp"
+#include "launch/progress.hpp"
 #include "launch/report.hpp"
 #include "launch/run_input.hpp"
 #include "launch/run_output.hpp"
@@ -138,7 +139,8 @@ OperationReport sum_of(const OperationReport& forward, const OperationReport& ba
   return sum;
 }
 
-void run(Context& context, const RunOptions& options) {
+Report run(Context& context, const RunOptions& options) {
+  const ProgressBar progress(context.rank() == 0 && !options.json);
   const Mesh mesh = mesh_of(options, context.size());
   static_cast<void>(OperationRegistry::get(options.operation));  // refused before files are read
   if (!options.output.empty()) {
@@ -179,9 +181,7 @@ void run(Context& context, const RunOptions& options) {
     write_output(context, options, output, gradients, provenance);
   }
   operation_log().enter_phase("ending");
-  if (context.rank() != 0) return;
-  const Report& report = provenance.report;
-  fmt::print("{}\n", options.json ? to_json(report).dump() : report_line(report));
+  return provenance.report;
 }
 
 }  // namespace
@@ -195,7 +195,9 @@ void run_attention(Arguments arguments) {
           "annulus run: --trace: the stages of a run are not recorded; see `annulus bench`");
   Watchdog::of_process().start(options->timeout_seconds);
   Context context;
-  run(context, *options);
+  const Report report = run(context, *options);
+  if (context.rank() != 0) return;
+  fmt::print("{}\n", options->json ? to_json(report).dump() : report_line(report));
 }
 
 }  // namespace annulus::launch

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/error.hpp"
+#include "kernels/work_meter.hpp"
 #include "runtime/redistribute.hpp"
 #include "sharding/block_forward.hpp"
 
@@ -392,6 +393,7 @@ void AttentionCall::account(const ExecutionReport& execution) {
 
 void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) {
   if (idle()) return;
+  work_meter().expect(static_cast<double>(kept_pairs()));
   ForwardCall call;
   call.problem = problem();
   call.o = o;
@@ -411,6 +413,7 @@ void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) 
 
 void AttentionCall::backward(BackwardCall& call) {
   if (idle()) return;
+  work_meter().expect(kBackwardWork * static_cast<double>(kept_pairs()));
   call.problem = problem();
   ExecutionReport execution;
   const ExecuteOptions options = execute_options(execution);

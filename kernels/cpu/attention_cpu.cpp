@@ -10,6 +10,7 @@
 #include "kernels/cpu/forward_rows.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/split_forward.hpp"
+#include "kernels/work_meter.hpp"
 
 namespace annulus::kernels::cpu {
 namespace {
@@ -95,6 +96,16 @@ bool shares_grad_bias(const BackwardCall& call) {
          (call.grad_bias.shape[1] == 1 && call.problem.kv_heads() > 1);
 }
 
+// Kept pairs of a problem by its number of tasks: what one of them does on average.
+double pairs_of_task(const AttentionProblem& problem, std::int64_t tasks) {
+  std::int64_t pairs = 0;
+  for (std::int64_t b = 0; b < problem.batch(); ++b) {
+    for (const Slice& slice : problem.mask.of_batch(b)) pairs += slice.area();
+  }
+  return static_cast<double>(pairs * problem.q_heads()) /
+         static_cast<double>(std::max<std::int64_t>(tasks, 1));
+}
+
 }  // namespace
 
 std::string unsupported(const AttentionProblem& problem, Direction /*direction*/) {
@@ -119,16 +130,21 @@ std::string unsupported(const AttentionProblem& problem, Direction /*direction*/
 }
 
 void forward(const ForwardCall& call) {
-  if (!call.row_invariant && splits_keys(call.problem)) return split_forward(call);
+  if (!call.row_invariant && splits_keys(call.problem)) {
+    split_forward(call);
+    return work_meter().advance(pairs_of_task(call.problem, 1));
+  }
   const std::vector<ForwardBlock> blocks = forward_blocks(call.problem);
   std::int64_t scratch_floats = 0;
   for (const ForwardBlock& block : blocks) {
     scratch_floats = std::max(scratch_floats, forward_scratch(call.problem, block.rows));
   }
-  parallel(static_cast<std::int64_t>(blocks.size()), scratch_floats,
-           [&](std::int64_t i, Scratch& scratch) {
-             forward_rows(call, blocks[static_cast<std::size_t>(i)], scratch);
-           });
+  const auto tasks = static_cast<std::int64_t>(blocks.size());
+  const double task_pairs = pairs_of_task(call.problem, tasks);
+  parallel(tasks, scratch_floats, [&](std::int64_t i, Scratch& scratch) {
+    forward_rows(call, blocks[static_cast<std::size_t>(i)], scratch);
+    work_meter().advance(task_pairs);
+  });
 }
 
 void backward(const BackwardCall& call) {
@@ -136,12 +152,14 @@ void backward(const BackwardCall& call) {
   std::deque<BackwardRows> all = backward_rows(call.problem, chunk_keys);
   const auto heads = static_cast<std::int64_t>(all.size());
   const std::int64_t chunks = (call.problem.seq_kv() + chunk_keys - 1) / chunk_keys;
+  const double task_pairs = kBackwardWork * pairs_of_task(call.problem, chunks * heads);
   const auto run = [&](std::int64_t chunk, std::int64_t head, Scratch& scratch) {
     BackwardRows& item = all[static_cast<std::size_t>(head)];
     RowBlock rows = item.rows;
     rows.keys = intersect(rows.keys, {chunk * chunk_keys, (chunk + 1) * chunk_keys});
     backward_keys(call, rows, chunk, item.order, scratch);
     scratch.reserve(0);
+    work_meter().advance(task_pairs);
   };
   // Chunks in order, so that whoever waits for an earlier chunk waits for a started one. Heads that
   // share a bias gradient take turns on one thread for each chunk's columns.

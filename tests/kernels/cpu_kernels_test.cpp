@@ -8,6 +8,7 @@
 
 #include "kernels/attention.hpp"
 #include "kernels/random_attention.hpp"
+#include "kernels/work_meter.hpp"
 
 namespace annulus::testing {
 namespace {
@@ -115,6 +116,17 @@ TEST(CpuSplitKeys, ResumesACarriedStateAndFoldsSinksOnce) {
   call.o = o.view();
   attention_forward(call, "cpu");
   EXPECT_LT(max_difference(o.values(), reference.o), 2e-6);
+}
+
+// Short queries go another way, which counts as well.
+TEST(CpuWork, IsCountedInKeptPairs) {
+  for (const auto& [seq_q, seq_kv] : {std::pair<std::int64_t, std::int64_t>{700, 700}, {2, 9000}}) {
+    const Case c(DType::f32, Shape{2, seq_q, 6, 32}, Shape{2, seq_kv, 2, 32}, causal(), 5);
+    const double expected = 2.0 * 6.0 * static_cast<double>(c.problem.mask.slices[0].area());
+    const double before = work_meter().done();
+    forward(c, "cpu");
+    EXPECT_NEAR(work_meter().done() - before, expected, 1e-9 * work_meter().done());
+  }
 }
 
 TEST(CpuThreads, AnyNumberGivesTheSameBits) {
