@@ -43,9 +43,12 @@ std::int64_t row_at(const ConstTensorView& view, std::int64_t b, std::int64_t h,
   return b * view.strides[0] + q * view.strides[1] + h * view.strides[2];
 }
 
-// The elements of a row when they are f32 next to each other, as those of kernels are; else null.
+// Whether rows are f32 elements next to each other, as those of kernels are.
+bool has_plain_rows(const ConstTensorView& view) {
+  return view.dtype == DType::f32 && view.strides[3] == 1;
+}
+
 const float* plain_row(const ConstTensorView& view, std::int64_t at) {
-  if (view.dtype != DType::f32 || view.strides[3] != 1) return nullptr;
   return static_cast<const float*>(view.data) + at;
 }
 
@@ -66,10 +69,9 @@ void merge_row(const AttentionState& from, const AttentionState& into, std::int6
   const std::int64_t from_at = row_at(from.accumulator, b, h, q);
   const std::int64_t into_at = row_at(into.accumulator, b, h, q);
   const std::int64_t dim = into.accumulator.shape[3];
-  const float* plain_from = plain_row(from.accumulator, from_at);
-  const bool plain = plain_from != nullptr && plain_row(into.accumulator, into_at) != nullptr;
+  const bool plain = has_plain_rows(from.accumulator) && has_plain_rows(into.accumulator);
   if (plain) {
-    add_weighted(plain_from, static_cast<float>(from_weight),
+    add_weighted(plain_row(from.accumulator, from_at), static_cast<float>(from_weight),
                  static_cast<float*>(into.accumulator.data) + into_at,
                  static_cast<float>(into_weight), dim);
   }
@@ -109,10 +111,10 @@ double row_product(const ConstTensorView& o, const ConstTensorView& grad_o, std:
                    std::int64_t h, std::int64_t q) {
   const std::int64_t o_at = row_at(o, b, h, q);
   const std::int64_t grad_at = row_at(grad_o, b, h, q);
-  const float* plain_o = plain_row(o, o_at);
-  const float* plain_grad = plain_row(grad_o, grad_at);
   double sum = 0.0;
-  if (plain_o != nullptr && plain_grad != nullptr) {
+  if (has_plain_rows(o) && has_plain_rows(grad_o)) {
+    const float* plain_o = plain_row(o, o_at);
+    const float* plain_grad = plain_row(grad_o, grad_at);
     for (std::int64_t d = 0; d < o.shape[3]; ++d) {
       sum += static_cast<double>(plain_o[d]) * static_cast<double>(plain_grad[d]);
     }
