@@ -1,12 +1,8 @@
 #include "kernels/decode_support.hpp"
-#include "kernels/error.hpp"
+#include "kernels/sm90/decode_launch.hpp"
 
 namespace annulus::kernels::cuda {
 
-std::span<const DecodeBackend> decode_backends() { return {}; }
-
-void append_to_cache(const CacheAppend& /*call*/) {
-  throw Error(ExitCode::usage, "decode: caches on a device are not written yet");
-}
+std::span<const DecodeBackend> decode_backends() { return sm90::decode_backends(); }
 
 }  // namespace annulus::kernels::cuda

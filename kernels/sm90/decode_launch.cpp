@@ -1,0 +1,164 @@
+#include "kernels/sm90/decode_launch.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels/cuda/check.hpp"
+#include "kernels/error.hpp"
+#include "kernels/sm90/decode_scratch.hpp"
+#include "kernels/sm90/tensor_map.hpp"
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634F;
+constexpr std::int64_t kRows = 64;  // of a tile
+constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;
+constexpr std::uint64_t kEvictNormal = 0x1000000000000000;
+
+std::int32_t narrow(std::int64_t value) {
+  require(value >= 0 && value < (std::int64_t{1} << 30), ExitCode::bad_data,
+          "sm90 decode: extent {}; accepted: below 2^30", value);
+  return static_cast<std::int32_t>(value);
+}
+
+/// [tokens, heads, dim]
+TokenStrides token_strides(const TensorView& view) { return {view.strides[0], view.strides[1]}; }
+
+/// [.., heads, tokens]
+TokenStrides head_strides(const TensorView& view, int heads) {
+  return {view.strides[heads + 1], view.strides[heads]};
+}
+
+PageStrides page_strides(const ConstTensorView& cache) {
+  return {cache.strides[0] * 2, cache.strides[1] * 2, cache.strides[2] * 2};
+}
+
+/// Tokens that one copy takes from a page, 0 where the rows of a page do not fill the groups of
+/// eight that shared memory is swizzled in. A sequence of one page is read from any token on.
+std::int32_t box_tokens(const DecodeProblem& problem, int block) {
+  if (problem.max_pages() == 1) return block;
+  const auto box = static_cast<std::int32_t>(std::gcd(problem.page_size(), block));
+  return box >= 8 ? box : 0;
+}
+
+CUtensorMap cache_map(const ConstTensorView& cache, int columns, int box) {
+  return make_tensor_map<4>(
+      cache.data, cache.dtype,
+      {MapDim{cache.shape[3], 1, columns}, MapDim{cache.shape[1], cache.strides[1], box},
+       MapDim{cache.shape[2], cache.strides[2], 1}, MapDim{cache.shape[0], cache.strides[0], 1}});
+}
+
+void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeVariant& variant) {
+  params.k_data = static_cast<const char*>(problem.k.data);
+  params.v_data = static_cast<const char*>(problem.v.data);
+  params.k_strides = page_strides(problem.k);
+  params.v_strides = page_strides(problem.v);
+  params.pages = narrow(problem.k.shape[0]);
+  params.page_size = narrow(problem.page_size());
+  params.max_pages = narrow(problem.max_pages());
+  narrow(problem.max_pages() * problem.page_size());
+  params.box_tokens = box_tokens(problem, variant.block);
+  params.alignment = problem.max_pages() == 1 ? 1 : std::max(params.box_tokens, 1);
+  if (params.box_tokens == 0 || params.pages == 0) return;
+  params.k = cache_map(problem.k, variant.columns, params.box_tokens);
+  params.v = problem.latent() ? params.k : cache_map(problem.v, variant.columns, params.box_tokens);
+}
+
+void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
+  const auto integers = [](const ConstTensorView& view) {
+    return static_cast<const std::int32_t*>(view.data);
+  };
+  params.q = problem.q.data;
+  params.q_strides = {problem.q.strides[0], problem.q.strides[1]};
+  params.query_begin = integers(problem.query_begin);
+  params.lengths = integers(problem.lengths);
+  params.starts = problem.starts ? integers(problem.starts) : nullptr;
+  params.page_table = integers(problem.page_table);
+  params.sequences = narrow(problem.sequences());
+  narrow(problem.deal.block * problem.deal.ranks);
+  params.deal_block = narrow(problem.deal.block);
+  params.deal_ranks = narrow(problem.deal.ranks);
+  params.deal_rank = narrow(problem.deal.rank);
+  const auto window = [](std::int64_t width) {
+    return width < 0 ? -1 : static_cast<std::int32_t>(std::min<std::int64_t>(width, 1 << 30));
+  };
+  params.window_left = window(problem.window_left);
+  params.window_right = window(problem.window_right);
+  params.causal = problem.causal;
+}
+
+/// Query heads that share a tile, and how many of such packs read the keys side by side.
+void set_packs(DecodeParams& params, const DecodeProblem& problem, int multiprocessors) {
+  const std::int64_t group = problem.group_size();
+  const std::int64_t pack = group % kRows == 0 ? kRows : group;
+  params.pack = narrow(pack);
+  params.packs = narrow(problem.q_heads() / pack);
+  params.packs_per_kv_head = narrow(group / pack);
+  params.lanes = 1;
+  for (std::int32_t lanes = 2; lanes <= std::min(params.packs, multiprocessors); ++lanes) {
+    const int used = multiprocessors / lanes * lanes;
+    if (params.packs % lanes == 0 && used * 10 >= multiprocessors * 9) params.lanes = lanes;
+  }
+  const bool read_once =
+      params.packs_per_kv_head == 1 && problem.max_rows > 0 && problem.max_rows * pack <= kRows;
+  params.policy = read_once ? kEvictFirst : kEvictNormal;
+}
+
+void set_scale(DecodeParams& params, const DecodeProblem& problem) {
+  params.capped = problem.soft_cap > 0.0F;
+  params.score_scale = params.capped ? problem.scale / problem.soft_cap : 1.0F;
+  params.exp_scale = kLog2E * (params.capped ? problem.soft_cap : problem.scale);
+}
+
+void set_outputs(DecodeParams& params, const DecodeCall& call) {
+  if (call.problem.sinks) params.sinks = static_cast<const float*>(call.problem.sinks.data);
+  if (call.o) {
+    params.o = call.o.data;
+    params.o_strides = token_strides(call.o);
+    params.output_f32 = call.o.dtype == DType::f32;
+    if (call.log_sum_exp) {
+      params.lse = static_cast<float*>(call.log_sum_exp.data);
+      params.lse_strides = head_strides(call.log_sum_exp, 0);
+    }
+    return;
+  }
+  params.accumulator = static_cast<float*>(call.state.accumulator.data);
+  params.accumulator_strides = {call.state.accumulator.strides[1],
+                                call.state.accumulator.strides[2]};
+  params.row_max = static_cast<float*>(call.state.row_max.data);
+  params.row_sum = static_cast<float*>(call.state.row_sum.data);
+  params.max_strides = head_strides(call.state.row_max, 1);
+  params.sum_strides = head_strides(call.state.row_sum, 1);
+}
+
+int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  ANNULUS_CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+}  // namespace
+
+void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
+  const DecodeProblem& problem = call.problem;
+  if (problem.tokens() == 0 || problem.q_heads() == 0 || problem.sequences() == 0) return;
+  const auto stream = static_cast<cudaStream_t>(call.stream.handle);
+  const int processors = multiprocessors();
+  DecodeParams params{};
+  set_cache(params, problem, variant);
+  set_sequences(params, problem);
+  set_packs(params, problem, processors);
+  set_scale(params, problem);
+  set_outputs(params, call);
+  const int blocks = processors / params.lanes * params.lanes;
+  const DecodeScratch scratch = decode_scratch(stream, blocks, variant.value_dim);
+  params.partial_o = scratch.partial_o;
+  params.partial_statistics = scratch.partial_statistics;
+  params.arrivals = scratch.arrivals;
+  variant.launch(params, blocks, stream);
+}
+
+}  // namespace annulus::kernels::sm90

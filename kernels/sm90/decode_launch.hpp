@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <span>
+
+#include "kernels/decode_attention.hpp"
+#include "kernels/sm90/decode_params.hpp"
+
+/// From a decode call to a launch: tensor maps, parameters, scratch memory.
+namespace annulus::kernels::sm90 {
+
+/// A compiled tile shape.
+struct DecodeVariant {
+  int block;    // keys at a time
+  int columns;  // of a box in shared memory
+  int value_dim;
+  void (*launch)(const DecodeParams& params, int blocks, cudaStream_t stream);
+};
+
+DecodeVariant decode_d64(DType dtype);
+DecodeVariant decode_d96(DType dtype);
+DecodeVariant decode_d128(DType dtype);
+DecodeVariant decode_d192(DType dtype);
+DecodeVariant decode_d256(DType dtype);
+
+void launch_decode(const DecodeCall& call, const DecodeVariant& variant);
+
+/// The Hopper backend of decode_attention; its reasons for refusing name what it was given and what
+/// it takes.
+std::span<const DecodeBackend> decode_backends();
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,192 @@
+#pragma once
+
+#include "kernels/sm90/decode_tile.cuh"
+#include "kernels/sm90/tma.cuh"
+
+/// The producing side: walks the run and keeps the rings of keys and values full.
+namespace annulus::kernels::sm90 {
+
+/// One warp feeds the copy engine; each lane copies boxes of its own.
+template <typename Tile>
+class BoxProducer {
+ public:
+  using Element = typename Tile::Element;
+
+  __device__ BoxProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
+      : params_(params),
+        shared_(shared),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        box_rows_(Tile::kBlock / params.box_tokens) {}
+
+  __device__ void run(WorkWalker walker) {
+    DecodeUnit unit;
+    while (walker.next(unit)) {
+      int token = unit.load_begin + unit.first_block * Tile::kBlock;
+      find_pages(unit, token);
+      for (int block = unit.first_block; block < unit.last_block; ++block) {
+        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
+        load(params_.k, shared_.k[ring_.index], &shared_.k_full[ring_.index], unit, token);
+        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
+        load(params_.v, shared_.v[ring_.index], &shared_.v_full[ring_.index], unit, token);
+        ring_.advance();
+        token += Tile::kBlock;
+        find_pages(unit, token);  // early: their latency passes while the ring is full
+      }
+    }
+  }
+
+ private:
+  static constexpr int kMostBoxes = Tile::kBlock / 8 * Tile::kBoxes;
+  static constexpr int kBoxesPerLane = (kMostBoxes + 31) / 32;
+
+  __device__ int token_of(int i, int token) const {
+    return token + (lane_ + 32 * i) / Tile::kBoxes * params_.box_tokens;
+  }
+
+  __device__ bool has_box(int i, int token, const DecodeUnit& unit) const {
+    return lane_ + 32 * i < box_rows_ * Tile::kBoxes && token_of(i, token) < unit.key_end;
+  }
+
+  __device__ void find_pages(const DecodeUnit& unit, int token) {
+    const std::int32_t* table =
+        params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
+#pragma unroll
+    for (int i = 0; i < kBoxesPerLane; ++i) {
+      if (has_box(i, token, unit)) pages_[i] = table[token_of(i, token) / params_.page_size];
+    }
+  }
+
+  __device__ void load(const CUtensorMap& map, Element* stage, std::uint64_t* full,
+                       const DecodeUnit& unit, int token) {
+    const int wanted = (unit.key_end - token + params_.box_tokens - 1) / params_.box_tokens;
+    const int rows = max(0, min(wanted, box_rows_));
+    if (lane_ == 0) {
+      mbarrier_arrive_expect(
+          full, static_cast<std::uint32_t>(rows * params_.box_tokens) * Tile::kHeadDim * 2);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kBoxesPerLane; ++i) {
+      if (!has_box(i, token, unit)) continue;
+      const int box = lane_ + 32 * i;
+      const int row = box / Tile::kBoxes * params_.box_tokens;
+      const int column = box % Tile::kBoxes * Tile::Layout::kColumns;
+      tma_load(stage + column * Tile::kBlock + row * Tile::Layout::kColumns, &map, full,
+               static_cast<CachePolicy>(params_.policy), column,
+               token_of(i, token) % params_.page_size, unit.pack / params_.packs_per_kv_head,
+               pages_[i]);
+    }
+  }
+
+  const DecodeParams& params_;
+  DecodeShared<Tile>& shared_;
+  const int lane_, box_rows_;
+  int pages_[kBoxesPerLane] = {};
+  Ring<Tile::kStages> ring_;
+};
+
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// A warpgroup gathers tokens one by one from pages that hold no whole group of eight rows.
+template <typename Tile>
+class TokenProducer {
+ public:
+  using Element = typename Tile::Element;
+
+  __device__ TokenProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
+      : params_(params), shared_(shared), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
+
+  __device__ void run(WorkWalker walker) {
+    DecodeUnit unit;
+    while (walker.next(unit)) {
+      int token = unit.load_begin + unit.first_block * Tile::kBlock;
+      for (int block = unit.first_block; block < unit.last_block; ++block) {
+        find_places(unit, token);
+        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
+        gather(shared_.k[ring_.index], params_.k_data, params_.k_strides, unit, token);
+        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
+        gather(shared_.v[ring_.index], params_.v_data, params_.v_strides, unit, token);
+        ring_.advance();
+        token += Tile::kBlock;
+      }
+    }
+    copy_async_wait<0>();
+    fence_async_shared();
+    while (announced_ < issued_) announce();
+  }
+
+ private:
+  static constexpr int kThreads = 128;
+  static constexpr int kBarrier = 3;
+  static constexpr int kChunks = Tile::kHeadDim / 8;  // of 16 bytes in a row
+  // Stages under way; the others are with the consumers.
+  static constexpr int kPending = 2 * Tile::kStages - 2;
+
+  /// The two buffers let a thread go on while others still read the block before's.
+  __device__ void find_places(const DecodeUnit& unit, int token) {
+    places_ = shared_.places[turn_ ^= 1];
+    const std::int32_t* table =
+        params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
+    if (thread_ < Tile::kBlock) {
+      const int at = token + thread_;
+      int2 place = make_int2(-1, at % params_.page_size);
+      if (at >= unit.key_begin && at < unit.key_end) {
+        const int page = table[at / params_.page_size];
+        if (page >= 0 && page < params_.pages) place.x = page;
+      }
+      places_[thread_] = place;
+    }
+    named_barrier_sync(kBarrier, kThreads);
+  }
+
+  __device__ void gather(Element* stage, const char* data, const PageStrides& strides,
+                         const DecodeUnit& unit, int token) {
+    const char* head = data + unit.pack / params_.packs_per_kv_head * strides.head;
+    if (token < unit.key_end) {
+#pragma unroll 4
+      for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int chunk = i % kChunks;
+        const int2 place = places_[row];
+        const char* from = head + max(place.x, 0) * strides.page + place.y * strides.token;
+        copy_async(reinterpret_cast<char*>(stage) +
+                       swizzled_offset<typename Tile::Layout>(row, chunk, Tile::kBlock),
+                   from + chunk * 16, place.x >= 0);
+      }
+    }
+    copy_async_commit();
+    if (++issued_ > kPending) {
+      copy_async_wait<kPending>();
+      fence_async_shared();
+      announce();
+    }
+  }
+
+  /// Tells the consumers that this thread's part of the oldest stage under way is there.
+  __device__ void announce() {
+    const int stage = static_cast<int>(announced_ / 2 % Tile::kStages);
+    mbarrier_arrive(announced_ % 2 == 0 ? &shared_.k_full[stage] : &shared_.v_full[stage]);
+    ++announced_;
+  }
+
+  const DecodeParams& params_;
+  DecodeShared<Tile>& shared_;
+  const int thread_;
+  int2* places_ = nullptr;
+  int turn_ = 0;
+  std::uint32_t issued_ = 0, announced_ = 0;
+  Ring<Tile::kStages> ring_;
+};
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,48 @@
+#pragma once
+
+#include "kernels/sm90/decode_work.cuh"
+#include "kernels/sm90/forward_tile.cuh"
+
+/// Shape of the decode kernel's tile and its shared memory.
+namespace annulus::kernels::sm90 {
+
+/// Keys and values wait in rings of their own; together 192 KB, so that more than 64 KB are under
+/// way at any time whatever the consumers do.
+template <typename Element_, int kHeadDim_, int kBlock_, int kStages_>
+struct DecodeTile {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kHeadDim_;
+  static constexpr int kBlock = kBlock_;  // keys at a time
+  static constexpr int kStages = kStages_;
+  static constexpr int kThreads = 256;  // a producing and a consuming warpgroup
+  using Layout = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
+  static constexpr int kBoxes = kHeadDim / Layout::kColumns;
+  static constexpr int kBytes = kBlock * kHeadDim * 2;  // of a stage
+};
+
+template <typename Tile>
+struct DecodeShared {
+  using Element = typename Tile::Element;
+
+  alignas(1024) Element q[kDecodeRows * Tile::kHeadDim];
+  alignas(1024) Element k[Tile::kStages][Tile::kBlock * Tile::kHeadDim];
+  alignas(1024) Element v[Tile::kStages][Tile::kBlock * Tile::kValueDim];
+  int2 places[2][Tile::kBlock];  // page and row of a block's tokens, where they are gathered
+  WorkRun run;
+  std::int64_t warp_sums[Tile::kThreads / 32];
+  std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
+  std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
+  std::int32_t is_last;
+};
+
+/// Byte offset of a 16-byte chunk of a row in a tile of `rows` rows, as SwizzledTile lays it out.
+template <typename Layout>
+__device__ inline int swizzled_offset(int row, int chunk, int rows) {
+  constexpr int kChunks = Layout::kColumns / 8;  // of a box's row
+  const int box = chunk / kChunks;
+  const int mixed = kChunks == 8 ? (chunk ^ row) & 7 : (chunk ^ (row / 2)) & 3;
+  return ((box * rows + row) * kChunks + mixed) * 16;
+}
+
+}  // namespace annulus::kernels::sm90
