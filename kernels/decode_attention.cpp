@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/buffer.hpp"
+#include "kernels/cpu/decode_cpu.hpp"
 #include "kernels/decode_support.hpp"
 #include "kernels/error.hpp"
 
@@ -182,6 +183,8 @@ std::span<const DecodeBackend> decode_backends() {
   static const std::vector<DecodeBackend> backends = [] {
     const std::span<const DecodeBackend> device = kernels::cuda::decode_backends();
     std::vector<DecodeBackend> all(device.begin(), device.end());
+    all.push_back(
+        {"cpu", Device::cpu, kernels::cpu::decode_unsupported, kernels::cpu::decode_forward});
     all.push_back({"reference", Device::cpu, kernels::reference::decode_unsupported,
                    kernels::reference::decode_forward});
     return all;

@@ -1,0 +1,159 @@
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "kernels/cpu/targets.hpp"
+// clang-format off
+#include "hwy/targets.h"
+// clang-format on
+#include "kernels/decode_attention.hpp"
+#include "kernels/decode_case.hpp"
+
+namespace annulus::testing {
+namespace {
+
+constexpr std::int64_t kPageSizes[] = {1, 4, 16, 128};
+
+void expect_for_all_pages(const DecodeOptions& options, std::uint64_t seed) {
+  const DecodeCase expected(options, seed);
+  for (const std::int64_t page_size : kPageSizes) {
+    SCOPED_TRACE(fmt::format("{}, pages of {}", options.to_string(), page_size));
+    const PagedCache cache = expected.paged({}, page_size, seed + 1);
+    expect_decode(expected, cache.problem(expected, {}), "cpu");
+  }
+}
+
+// Queries and keys that other projects check their decode kernels with.
+class DecodeCpu : public ::testing::TestWithParam<DecodeSequence> {};
+
+TEST_P(DecodeCpu, EqualsTheReference) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    DecodeOptions options;
+    options.dtype = dtype;
+    options.sequences = {GetParam()};
+    expect_for_all_pages(options, test_seed());
+  }
+}
+
+TEST_P(DecodeCpu, EqualsTheReferenceBehindLeftPadding) {
+  DecodeOptions options;
+  options.dtype = DType::bf16;
+  const DecodeSequence given = GetParam();
+  options.sequences = {{given.rows, given.length, given.length / 3},
+                       {given.rows, given.length, given.length - given.rows}};
+  options.q_heads = 2;
+  options.kv_heads = 1;
+  expect_for_all_pages(options, test_seed());
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, DecodeCpu,
+                         ::testing::Values(DecodeSequence{1, 128}, DecodeSequence{1, 339},
+                                           DecodeSequence{3, 1024}, DecodeSequence{64, 800},
+                                           DecodeSequence{3, 799}, DecodeSequence{64, 2048},
+                                           DecodeSequence{16, 20000}),
+                         [](const auto& shape) {
+                           return fmt::format("{}x{}", shape.param.rows, shape.param.length);
+                         });
+
+std::int64_t pick(std::mt19937_64& random, std::int64_t low, std::int64_t high) {
+  return std::uniform_int_distribution<std::int64_t>(low, high)(random);
+}
+
+// Prefill and decode rows of ragged sequences, with every option.
+DecodeOptions random_options(std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  DecodeOptions options;
+  options.dtype =
+      std::array{DType::f32, DType::bf16, DType::f16}[static_cast<std::size_t>(pick(random, 0, 2))];
+  options.kv_heads = pick(random, 1, 3);
+  options.q_heads =
+      options.kv_heads * std::array{1, 2, 3, 4, 7, 8}[static_cast<std::size_t>(pick(random, 0, 5))];
+  options.head_dim = 8 * pick(random, 1, 20);
+  options.latent = pick(random, 0, 3) == 0;
+  options.value_dim =
+      options.latent ? 8 * pick(random, 1, options.head_dim / 8) : 8 * pick(random, 1, 20);
+  for (std::int64_t i = pick(random, 1, 5); i > 0; --i) {
+    DecodeSequence sequence;
+    sequence.length = pick(random, 0, 300);
+    sequence.rows = std::min(sequence.length, pick(random, 0, 1) * pick(random, 0, 40) + 1);
+    sequence.start = pick(random, 0, 2) == 0 ? pick(random, 0, sequence.length) : 0;
+    options.sequences.push_back(sequence);
+  }
+  options.causal = pick(random, 0, 3) > 0;
+  if (pick(random, 0, 2) == 0) options.window_left = pick(random, 0, 90);
+  if (pick(random, 0, 3) == 0) options.window_right = pick(random, 0, 20);
+  if (pick(random, 0, 3) == 0) options.soft_cap = 3.0F;
+  options.sinks = pick(random, 0, 2) == 0;
+  return options;
+}
+
+TEST(DecodeCpuRandom, EqualsTheReference) {
+  for (std::uint64_t i = 0; i < 60; ++i) {
+    const std::uint64_t seed = test_seed() + i;
+    SCOPED_TRACE(seed);
+    expect_for_all_pages(random_options(seed), seed);
+  }
+}
+
+TEST(DecodeCpuRandom, EqualsTheReferenceOnEveryVectorTarget) {
+  hwy::SetSupportedTargetsForTest(0);
+  const std::int64_t all = hwy::SupportedTargets() & HWY_TARGETS;
+  for (std::int64_t left = all | HWY_STATIC_TARGET; left != 0; left &= left - 1) {
+    const std::int64_t target = left & -left;
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(target);
+    SCOPED_TRACE(hwy::TargetName(target));
+    for (std::uint64_t i = 0; i < 8; ++i) {
+      const std::uint64_t seed = test_seed() + 1000 + i;
+      SCOPED_TRACE(seed);
+      expect_for_all_pages(random_options(seed), seed);
+    }
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+TEST(DecodeCpu, LatentOf512And64Columns) {
+  DecodeOptions options;
+  options.dtype = DType::bf16;
+  options.q_heads = 16;
+  options.kv_heads = 1;
+  options.head_dim = 576;
+  options.value_dim = 512;
+  options.latent = true;
+  options.sequences = {{1, 700}, {3, 130}, {1, 1}};
+  expect_for_all_pages(options, test_seed());
+}
+
+TEST(DecodeCpu, KeepsInfiniteValuesOfMaskedKeysOut) {
+  DecodeOptions options;
+  options.sequences = {{4, 20}};
+  const DecodeCase expected(options, test_seed());
+  PagedCache cache = expected.paged({}, 16, test_seed());
+  DecodeProblem problem = cache.problem(expected, {});
+  // The last key is seen by the last query alone; its value must not reach the others.
+  const std::int64_t slot = 19 % 16;
+  const std::int64_t page = cache.page_table[1];
+  const TensorView last = cache.v.view().slice(0, {page, page + 1}).slice(1, {slot, slot + 1});
+  auto* values = static_cast<float*>(last.data);
+  for (std::int64_t d = 0; d < 64; ++d) values[d] = std::numeric_limits<float>::infinity();
+  HostTensor o(DType::f32, Shape{4, 4, 64}, {0, 1, 2}, 0);
+  decode_forward({problem, {}, o.view(), {}, {}}, "cpu");
+  const std::vector<double> found = o.values();
+  for (std::size_t i = 0; i < 3 * 4 * 64; ++i) ASSERT_NEAR(found[i], expected.o[i], 1e-5);
+  EXPECT_FALSE(std::isfinite(found[3 * 4 * 64])) << found[3 * 4 * 64];
+}
+
+TEST(DecodeCpu, LeavesRowsOfNoSequenceAlone) {
+  DecodeOptions options;
+  options.sequences = {{1, 9}, {2, 12}};
+  const DecodeCase expected(options, test_seed());
+  PagedCache cache = expected.paged({}, 4, test_seed());
+  cache.query_begin.back() = 2;  // the last row is nobody's, and sequence 1 has one
+  HostTensor o(DType::f32, Shape{3, 4, 64}, {0, 1, 2}, 0);
+  decode_forward({cache.problem(expected, {}), {}, o.view(), {}, {}}, "cpu");
+  const std::vector<double> found = o.values();
+  for (std::size_t i = 0; i < found.size(); ++i) ASSERT_EQ(std::isnan(found[i]), i >= 2 * 4 * 64);
+}
+
+}  // namespace
+}  // namespace annulus::testing
