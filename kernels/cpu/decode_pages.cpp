@@ -25,7 +25,7 @@ namespace {
 
 // Tokens of a tile. All heads read a tile before the next one is touched: they lie next to each
 // other in memory. K and V of this tile and the next fit L2.
-constexpr std::int64_t kTile = 64;
+constexpr std::int64_t kTile = 32;
 // Scores of a quad: [token, row].
 constexpr std::int64_t kScores = kTile * kQuad;
 
@@ -43,29 +43,30 @@ class TilePrefetch {
  public:
   TilePrefetch(const char* const* rows, std::int64_t count, std::int64_t row_bytes,
                std::int64_t steps)
-      : rows_(rows), count_(row_bytes > 0 ? count : 0), row_bytes_(row_bytes) {
-    const std::int64_t lines = count_ * ((row_bytes + kLine - 1) / kLine);
-    lines_ = (lines + steps - 1) / std::max<std::int64_t>(steps, 1);
+      : rows_(rows), end_(rows + (row_bytes > 0 ? count : 0)), row_bytes_(row_bytes) {
+    const std::int64_t pieces = count * ((row_bytes + kPiece - 1) / kPiece);
+    pieces_ = (pieces + steps - 1) / std::max<std::int64_t>(steps, 1);
   }
 
   HWY_INLINE void step() {
-    for (std::int64_t line = 0; line < lines_ && row_ < count_; ++line) {
-      __builtin_prefetch(rows_[row_] + byte_, 0, 2);
-      byte_ += kLine;
+    for (std::int64_t i = 0; i < pieces_ && rows_ != end_; ++i) {
+      const char* at = *rows_ + byte_;
+      HWY_UNROLL(4)
+      for (int line = 0; line < kPiece / 64; ++line) __builtin_prefetch(at + line * 64, 0, 2);
+      byte_ += kPiece;
       if (byte_ < row_bytes_) continue;
       byte_ = 0;
-      ++row_;
+      ++rows_;
     }
   }
 
  private:
-  static constexpr std::int64_t kLine = 64;
+  static constexpr std::int64_t kPiece = 256;
 
   const char* const* rows_;
-  std::int64_t count_;
+  const char* const* end_;
   std::int64_t row_bytes_;
-  std::int64_t lines_ = 0;
-  std::int64_t row_ = 0;
+  std::int64_t pieces_ = 0;  // of a step
   std::int64_t byte_ = 0;
 };
 

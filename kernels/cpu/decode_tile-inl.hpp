@@ -110,8 +110,10 @@ HWY_INLINE void store_reduced(const RowGroup& group, Reduce, float* to) {
   for (int r = 0; r < kGroup; ++r) to[r] = hn::GetLane(group[r]);
 }
 
-HWY_INLINE void store_sums(const FloatVec (&sum)[kQuad], float* HWY_RESTRICT to) {
-  store_reduced(sum, AddVectors(), to);
+HWY_INLINE void store_key_sums(const FloatVec (&sum)[kQuadKeys][kQuad], float* HWY_RESTRICT s) {
+  for (int key = 0; key < kQuadKeys; ++key) {
+    store_reduced(sum[key], AddVectors(), s + key * kQuad);
+  }
 }
 
 HWY_INLINE void load_rows(const float* rows, RowGroup& group) {
@@ -134,8 +136,8 @@ HWY_INLINE void store_reduced(const RowGroup& group, Reduce reduce, float* to) {
   store_blocks<kLanes>(group[0], reduce, to);
 }
 
-/// The sums of the lanes of four vectors, to four floats.
-HWY_INLINE void store_sums(const FloatVec (&sum)[kQuad], float* HWY_RESTRICT to) {
+/// The sums of the lanes of four vectors, in every block of four lanes a part of them.
+HWY_INLINE FloatVec block_sums(const FloatVec (&sum)[kQuad]) {
   const Floats d;
   const hn::Repartition<std::uint64_t, Floats> dw;
   const FloatVec first = hn::Add(hn::InterleaveLower(d, sum[0], sum[1]),
@@ -144,9 +146,29 @@ HWY_INLINE void store_sums(const FloatVec (&sum)[kQuad], float* HWY_RESTRICT to)
                                   hn::InterleaveUpper(d, sum[2], sum[3]));  // 2 3 2 3
   const auto low = hn::BitCast(dw, first);
   const auto high = hn::BitCast(dw, second);
-  const FloatVec all = hn::Add(hn::BitCast(d, hn::InterleaveLower(dw, low, high)),
-                               hn::BitCast(d, hn::InterleaveUpper(dw, low, high)));
-  store_blocks<kLanes>(all, AddVectors(), to);
+  return hn::Add(hn::BitCast(d, hn::InterleaveLower(dw, low, high)),
+                 hn::BitCast(d, hn::InterleaveUpper(dw, low, high)));
+}
+
+/// The sums of all keys, s[key, row].
+HWY_INLINE void store_key_sums(const FloatVec (&sum)[kQuadKeys][kQuad], float* HWY_RESTRICT s) {
+  const Floats d;
+  if constexpr (kLanes == 16 && kQuadKeys == 4) {
+    const FloatVec k0 = block_sums(sum[0]);
+    const FloatVec k1 = block_sums(sum[1]);
+    const FloatVec k2 = block_sums(sum[2]);
+    const FloatVec k3 = block_sums(sum[3]);
+    FloatVec even = hn::Add(hn::ConcatLowerLower(d, k2, k0), hn::ConcatUpperUpper(d, k2, k0));
+    FloatVec odd = hn::Add(hn::ConcatLowerLower(d, k3, k1), hn::ConcatUpperUpper(d, k3, k1));
+    even = hn::Add(even, hn::SwapAdjacentBlocks(even));  // 0 0 2 2
+    odd = hn::Add(odd, hn::SwapAdjacentBlocks(odd));     // 1 1 3 3
+    hn::Store(hn::OddEvenBlocks(odd, even), d, s);
+  } else {
+    HWY_UNROLL(4)
+    for (int key = 0; key < kQuadKeys; ++key) {
+      store_blocks<kLanes>(block_sums(sum[key]), AddVectors(), s + key * kQuad);
+    }
+  }
 }
 
 /// Four floats, over and over.
@@ -204,8 +226,7 @@ HWY_INLINE void score_keys(const CacheRows& k, std::int64_t token, std::int64_t 
     }
     add(a, b, column);
   }
-  HWY_UNROLL(4)
-  for (int key = 0; key < kQuadKeys; ++key) store_sums(sum[key], s + key * kQuad);
+  store_key_sums(sum, s);
 }
 
 /// Whether terms of weight 0 are left out: 0 times an infinite or NaN value is not 0.
