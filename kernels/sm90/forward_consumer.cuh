@@ -125,6 +125,7 @@ class ForwardConsumer {
       if (first) {
         mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
         rows = {};
+        if constexpr (Tile::kPassesOver) flags = pass_over_unseen(flags);
       }
       await_turn();
       wgmma_fence();
@@ -157,6 +158,20 @@ class ForwardConsumer {
       }
       flags = next_flags;
     }
+  }
+
+  /// Blocks at a tile's begin, besides its last, of which none of this warpgroup's rows keeps a key:
+  /// what the upper rows meet at a causal edge, and most rows of a tile over several documents.
+  __device__ int pass_over_unseen(int flags) {
+    while ((flags & (kUnseen << warpgroup_ | kLastOfTile)) == kUnseen << warpgroup_) {
+      release_keys();
+      // Only values that have come may be given back: others may still read those of the turn
+      // before.
+      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      flags = await_keys();
+      release_values();
+    }
+    return flags;
   }
 
   __device__ void await_turn() {

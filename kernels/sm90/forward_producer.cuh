@@ -111,6 +111,7 @@ class ForwardProducer {
     const bool full = s.q_begin <= work.q_begin && work.q_last < s.q_end && k_last < s.k_end &&
                       k_last - work.q_begin <= s.hi && k_begin - work.q_last >= s.lo;
     if (!full) flags |= kMasked;
+    if (Tile::kPassesOver && !full) flags |= unseen_by(work, s, k_begin);
     if (k_last >= s.k_end && s.k_end < params_.segments[s.segment].length) flags |= kCutAtEnd;
     shared_.blocks[stage] =
         BlockNote{flags, k_begin, s.lo, s.hi, s.q_begin, s.q_end, s.k_begin, s.k_end};
@@ -124,6 +125,24 @@ class ForwardProducer {
     first_ = 0;
     load_pending_values();
     pending_ = keys;
+  }
+
+  /// At a causal edge the upper rows of a tile keep nothing of a block, and in a tile over several
+  /// documents most rows do not.
+  __device__ int unseen_by(const TileWork& work, const TileSlice& s, int k_begin) const {
+    const int k_first = max(k_begin, s.k_begin);
+    const int k_last = min(k_begin + Tile::kBlock, s.k_end) - 1;
+    int flags = 0;
+#pragma unroll
+    for (int warpgroup = 0; warpgroup < Tile::kWarpgroups; ++warpgroup) {
+      const int rows_begin = work.q_begin + warpgroup * params_.warpgroup_queries;
+      const int q_first = max(rows_begin, s.q_begin);
+      const int q_last = min(rows_begin + params_.warpgroup_queries, s.q_end) - 1;
+      const bool seen = q_first <= q_last && k_first <= k_last && k_first - q_last <= s.hi &&
+                        k_last - q_first >= s.lo;
+      if (!seen) flags |= kUnseen << warpgroup;
+    }
+    return flags;
   }
 
   __device__ void load_pending_values() {

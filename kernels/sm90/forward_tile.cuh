@@ -18,6 +18,9 @@ struct ForwardTile {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kPingPong = kPingPong_;  // the warpgroups issue in turns
   static constexpr bool kOverlap = kOverlap_;    // softmax runs beside the block before's P·V
+  // Each warpgroup passes over the blocks at a tile's begin that it sees nothing of; where they take
+  // turns, waiting for one's turn costs what this saves.
+  static constexpr bool kPassesOver = !kOverlap && !kPingPong;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
   // A block gets 168 registers a thread with 384 threads and 128 with 512: what the producer gives
   // up is all that the consumers can get, and asking for more waits for ever.
@@ -38,6 +41,7 @@ enum BlockFlag : int {
   kMasked = 4,
   kCutAtEnd = 8,  // keys of another slice's range follow in the block
   kEndOfWork = 16,
+  kUnseen = 32,  // shifted by a warpgroup: none of its rows keeps a key of the block
 };
 
 /// What the producer tells the consumers about one block of keys. Since only the producer walks
