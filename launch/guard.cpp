@@ -4,6 +4,7 @@
 #include "runtime/pending_file.hpp"
 #include "runtime/signals.hpp"
 #include "runtime/watchdog.hpp"
+#include "runtime/window_files.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -14,7 +15,9 @@ constexpr double kTimeoutSeconds = 30.0;
 
 void guard_process() {
   identify_process(identity_from_environment());
+  find_window_files();
   on_signal_end(remove_pending_files);
+  on_signal_end(remove_window_files);
   install_signal_handlers();
   Watchdog::of_process().start(kTimeoutSeconds);
 }

@@ -7,7 +7,9 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <span>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -25,6 +27,7 @@
 #include "runtime/context.hpp"
 #include "runtime/operation_log.hpp"
 #include "runtime/operation_registry.hpp"
+#include "runtime/statement.hpp"
 #include "runtime/watchdog.hpp"
 #include "sharding/mesh.hpp"
 
@@ -139,7 +142,23 @@ OperationReport sum_of(const OperationReport& forward, const OperationReport& ba
   return sum;
 }
 
+// Ranks that were given different options are refused before they do anything different. Paths and
+// what only rank 0 prints may differ.
+void agree_on_options(Context& context, const RunOptions& options) {
+  static const std::set<std::string> own = {"input", "output", "config", "trace", "json"};
+  Statement statement("run");
+  std::istringstream lines(options.text);
+  for (std::string line; std::getline(lines, line);) {
+    const auto equals = line.find('=');
+    const std::string name = line.substr(0, equals);
+    if (equals == std::string::npos || own.contains(name)) continue;
+    statement.add(name, std::string_view(line).substr(equals + 1));
+  }
+  static_cast<void>(statement.agree(context.world()));
+}
+
 Report run(Context& context, const RunOptions& options) {
+  agree_on_options(context, options);
   const ProgressBar progress(context.rank() == 0 && !options.json);
   const Mesh mesh = mesh_of(options, context.size());
   static_cast<void>(OperationRegistry::get(options.operation));  // refused before files are read

@@ -8,7 +8,8 @@
 //   F_FILE_SIZE=100000  a limit on the size of files from the first such call on
 //   F_ALLOCATION=5  the same for allocations of at least F_BYTES (default 65536) outside of
 //                   MPI's own calls; it fails
-//   F_ACT=kill|torn|stop|term|segv|delay|jitter|ENOSPC|EIO|EFBIG; torn: SIGKILL after half a write
+//   F_ACT=kill|torn|stop|term|segv|delay|jitter|ENOSPC|EIO|EFBIG; torn: SIGKILL after half a write,
+//                   or right after another call that changes files
 //   F_DELAY_MS=100  how long delay sleeps; jitter sleeps a random part of it at every call
 //   F_SEED=1        of jitter
 //   F_ONCE=FILE     only the first time: the fault makes this file
@@ -192,6 +193,11 @@ int before_write(int file) {
   return plan.here && count == plan.write ? act() : 0;
 }
 
+/// Whether this write, counted already, is the one to be torn.
+bool is_torn(int file) {
+  return ready && plan.here && is("torn") && writes == plan.write && is_below_folder(file);
+}
+
 bool allocation_fails(std::size_t bytes) {
   if (!ready || !mpi_runs || calls_of_mpi > 0 || bytes < plan.bytes) return false;
   const long count = ++allocations;
@@ -267,18 +273,18 @@ FORWARD(MPI_Win_free, (MPI_Win * window), (window))
       errno = error;                                        \
       return -1;                                            \
     }                                                       \
-    return real arguments;                                  \
+    const auto result = real arguments;                     \
+    if (is_torn(file)) raise(SIGKILL);                      \
+    return result;                                          \
   }
 
 ssize_t pwritev(int file, const iovec* parts, int count, off_t offset) {
   static auto* const real = next<ssize_t(int, const iovec*, int, off_t)>("pwritev");
-  const bool torn =
-      ready && plan.here && is("torn") && writes + 1 == plan.write && is_below_folder(file);
   if (const int error = before_write(file); error != 0) {
     errno = error;
     return -1;
   }
-  if (!torn || count == 0) return real(file, parts, count, offset);
+  if (!is_torn(file) || count == 0) return real(file, parts, count, offset);
   const iovec half{parts[0].iov_base, parts[0].iov_len / 2};
   real(file, &half, 1, offset);
   raise(SIGKILL);

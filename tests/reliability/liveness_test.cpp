@@ -31,57 +31,70 @@ void expect_nothing_or_all(const std::string& output, const std::string& what) {
   EXPECT_TRUE(results.empty() || results == reference().results) << what << ": a partial output";
 }
 
+/// A call of MPI by one rank.
+struct Place {
+  long rank;
+  long call;
+};
+
+/// `quick` or `whole` calls of each of the ranks, by the mode.
+std::vector<Place> places(const std::vector<long>& ranks, int quick, int whole) {
+  std::vector<Place> result;
+  for (const long rank : ranks) {
+    const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
+    for (const long call : points(last, quick, whole)) result.push_back({rank, call});
+  }
+  return result;
+}
+
 TEST(Promise01, AKilledRankEndsTheJob) {
   Figures figures("1");
-  for (long rank = 0; rank < kRanks; ++rank) {
-    const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
-    for (const long call : points(last, rank == 2 ? 2 : 1, 12)) {
-      const TemporaryFolder folder;
-      const std::string what = place("SIGKILL", rank, call);
-      const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "kill", rank, call));
-      figures.add(outcome.seconds);
-      EXPECT_EQ(outcome.exit_code, 137) << what << "\n" << outcome.err;
-      EXPECT_LE(outcome.seconds, 10.0) << what;
-      EXPECT_TRUE(says(outcome, "process rank " + std::to_string(rank) +
-                                    " with PID [0-9]+ on node [^ ]+ exited on signal 9"))
-          << what << "\n"
-          << outcome.err;
-      EXPECT_TRUE(says(outcome, "rank [0-9]+ \\([^)]+\\): SIGTERM in phase .*step [0-9]+: "))
-          << what << "\n"
-          << outcome.err;
-      expect_clean_end(outcome, what);
-      expect_nothing_or_all(folder.file("out.h5"), what);
-    }
-  }
+  const auto cases = places({0, 1, 2, 3}, 1, 12);
+  side_by_side(cases.size(), [&](std::size_t i) {
+    const auto [rank, call] = cases[i];
+    const TemporaryFolder folder;
+    const std::string what = place("SIGKILL", rank, call);
+    const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "kill", rank, call));
+    figures.add(outcome.seconds);
+    EXPECT_EQ(outcome.exit_code, 137) << what << "\n" << outcome.err;
+    EXPECT_LE(outcome.seconds, 10.0) << what;
+    EXPECT_TRUE(says(outcome, "process rank " + std::to_string(rank) +
+                                  " with PID [0-9]+ on node [^ ]+ exited on signal 9"))
+        << what << "\n"
+        << outcome.err;
+    EXPECT_TRUE(says(outcome, "rank [0-9]+ \\([^)]+\\): SIGTERM in phase .*step [0-9]+: "))
+        << what << "\n"
+        << outcome.err;
+    expect_clean_end(outcome, what);
+    expect_nothing_or_all(folder.file("out.h5"), what);
+  });
 }
 
 TEST(Promise02, AStoppedRankEndsTheJobAtTheDeadline) {
   Figures figures("2");
-  for (const long rank : {2L, 0L, 1L, 3L}) {
-    if (rank != 2 && !whole_matrix()) break;
-    const long last = reference().counts.calls[static_cast<std::size_t>(rank)];
-    for (const long call : points(last, 2, 8)) {
-      const TemporaryFolder folder;
-      const std::string what = place("SIGSTOP", rank, call);
-      const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "stop", rank, call));
-      figures.add(outcome.seconds);
-      EXPECT_EQ(outcome.exit_code, 75) << what << "\n" << outcome.err;
-      EXPECT_LE(outcome.seconds, kTimeoutSeconds + 2.0) << what;
-      EXPECT_TRUE(says(outcome, "no progress for [0-9.]+ s .* step [0-9]+: .*bytes outstanding"))
-          << what << "\n"
-          << outcome.err;
-      // MPI's own start has no channel to ask over, and its end none any more.
-      const bool can_ask = !says(outcome,
-                                 "in phase [^,]*, step [0-9]+: (start of MPI|watchdogs "
-                                 "meet|communicator|end of MPI)");
-      if (can_ask) {
-        EXPECT_TRUE(says(outcome, "suspect rank " + std::to_string(rank) + " \\(")) << what << "\n"
-                                                                                    << outcome.err;
-      }
-      expect_clean_end(outcome, what);
-      expect_nothing_or_all(folder.file("out.h5"), what);
+  const auto cases = places(whole_matrix() ? std::vector<long>{0, 1, 2, 3} : std::vector{2L}, 2, 8);
+  side_by_side(cases.size(), [&](std::size_t i) {
+    const auto [rank, call] = cases[i];
+    const TemporaryFolder folder;
+    const std::string what = place("SIGSTOP", rank, call);
+    const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "stop", rank, call));
+    figures.add(outcome.seconds);
+    EXPECT_EQ(outcome.exit_code, 75) << what << "\n" << outcome.err;
+    EXPECT_LE(outcome.seconds, kTimeoutSeconds + 2.0) << what;
+    EXPECT_TRUE(says(outcome, "no progress for [0-9.]+ s .* step [0-9]+: .*bytes outstanding"))
+        << what << "\n"
+        << outcome.err;
+    // MPI's own start has no channel to ask over, and its end none any more.
+    const bool can_ask = !says(outcome,
+                               "in phase [^,]*, step [0-9]+: (start of MPI|watchdogs "
+                               "meet|communicator|end of MPI)");
+    if (can_ask) {
+      EXPECT_TRUE(says(outcome, "suspect rank " + std::to_string(rank) + " \\(")) << what << "\n"
+                                                                                  << outcome.err;
     }
-  }
+    expect_clean_end(outcome, what);
+    expect_nothing_or_all(folder.file("out.h5"), what);
+  });
 }
 
 void wait_for_file(const std::string& path) {
@@ -90,49 +103,59 @@ void wait_for_file(const std::string& path) {
   }
 }
 
+/// A signal to a job that is in the middle.
+struct Ending {
+  int signal;
+  bool through_launcher;
+  int wait_ms;
+};
+
+void end_and_check(const Ending& ending, Figures& figures) {
+  const TemporaryFolder ready;
+  const TemporaryFolder folder;
+  JobOptions options = ring_job(folder.file("out.h5"));
+  // Slow enough to be met in the middle.
+  options.environment.merge(std::map<std::string, std::string>{
+      {"F_ACT", "jitter"}, {"F_DELAY_MS", "100"}, {"F_READY", ready.file("r")}});
+  Job job(options);
+  const auto ranks = job.wait_for_ranks(kRanks);
+  ASSERT_EQ(ranks.size(), static_cast<std::size_t>(kRanks));
+  for (int rank = 0; rank < kRanks; ++rank) wait_for_file(ready.file("r." + std::to_string(rank)));
+  std::this_thread::sleep_for(std::chrono::milliseconds(ending.wait_ms));
+  job.mark_fault();
+  kill(ending.through_launcher ? job.launcher() : ranks[1], ending.signal);
+  const JobOutcome outcome = job.wait();
+  figures.add(outcome.seconds);
+  const std::string what = std::string(ending.signal == SIGTERM ? "SIGTERM" : "SIGUSR1") +
+                           " after " + std::to_string(ending.wait_ms) + " ms to " +
+                           (ending.through_launcher ? "the launcher" : "rank 1");
+  // Open MPI's launcher itself always ends with 1 after SIGTERM; its ranks end with 143.
+  const int expected = ending.through_launcher && ending.signal == SIGTERM ? 1 : 143;
+  EXPECT_EQ(outcome.exit_code, expected) << what << "\n" << outcome.err;
+  EXPECT_LE(outcome.seconds, 5.0) << what;
+  EXPECT_TRUE(says(outcome, "SIG(TERM|USR1) in phase [a-z]+")) << what << "\n" << outcome.err;
+  EXPECT_EQ(folder.listing(), std::vector<std::string>{}) << what;
+  expect_clean_end(outcome, what);
+}
+
 TEST(Promise03, TermAndUsr1EndTheJobInOrder) {
   Figures figures("3");
   std::mt19937 random(std::random_device{}());
   std::uniform_int_distribution<int> milliseconds(0, 300);
+  std::vector<Ending> cases;
   for (const int signal : {SIGTERM, SIGUSR1}) {
     for (int i = 0; i < (whole_matrix() ? 10 : 1); ++i) {
-      const TemporaryFolder ready;
-      const TemporaryFolder folder;
-      JobOptions options = ring_job(folder.file("out.h5"));
-      // Slow enough to be met in the middle.
-      options.environment.merge(std::map<std::string, std::string>{
-          {"F_ACT", "jitter"}, {"F_DELAY_MS", "100"}, {"F_READY", ready.file("r")}});
-      Job job(options);
-      const auto ranks = job.wait_for_ranks(kRanks);
-      ASSERT_EQ(ranks.size(), static_cast<std::size_t>(kRanks));
-      for (int rank = 0; rank < kRanks; ++rank)
-        wait_for_file(ready.file("r." + std::to_string(rank)));
-      const int wait = milliseconds(random);
-      std::this_thread::sleep_for(std::chrono::milliseconds(wait));
-      const bool through_launcher = i % 2 == 0;
-      job.mark_fault();
-      kill(through_launcher ? job.launcher() : ranks[1], signal);
-      const JobOutcome outcome = job.wait();
-      figures.add(outcome.seconds);
-      const std::string what = std::string(signal == SIGTERM ? "SIGTERM" : "SIGUSR1") + " after " +
-                               std::to_string(wait) + " ms to " +
-                               (through_launcher ? "the launcher" : "rank 1");
-      // Open MPI's launcher itself always ends with 1 after SIGTERM; its ranks end with 143.
-      const int expected = through_launcher && signal == SIGTERM ? 1 : 143;
-      EXPECT_EQ(outcome.exit_code, expected) << what << "\n" << outcome.err;
-      EXPECT_LE(outcome.seconds, 5.0) << what;
-      EXPECT_TRUE(says(outcome, "SIG(TERM|USR1) in phase [a-z]+")) << what << "\n" << outcome.err;
-      EXPECT_EQ(folder.listing(), std::vector<std::string>{}) << what;
-      expect_clean_end(outcome, what);
+      cases.push_back({signal, i % 2 == 0, milliseconds(random)});
     }
   }
+  side_by_side(cases.size(), [&](std::size_t i) { end_and_check(cases[i], figures); });
 }
 
 TEST(Promise04, LateRanksAreNoFault) {
   Figures figures("4");
   const unsigned first_seed = std::random_device{}() % 100000;
   figures.note("first seed " + std::to_string(first_seed));
-  for (unsigned i = 0; i < (whole_matrix() ? 40U : 2U); ++i) {
+  side_by_side(whole_matrix() ? 200 : 3, [&](std::size_t i) {
     const TemporaryFolder folder;
     JobOptions options = ring_job(folder.file("out.h5"));
     std::map<std::string, std::string> fault = {
@@ -140,16 +163,16 @@ TEST(Promise04, LateRanksAreNoFault) {
     if (i % 10 == 0) {  // one delay of just under half the deadline
       fault = {{"F_ACT", "delay"},
                {"F_RANK", std::to_string(i / 10 % kRanks)},
-               {"F_CALL", std::to_string(10 + i)},
+               {"F_CALL", std::to_string(10 + i / 4)},
                {"F_DELAY_MS", "1450"}};
     }
     options.environment.merge(fault);
     const JobOutcome outcome = run_job(options);
     figures.add(outcome.seconds);
-    ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
     EXPECT_EQ(results_of(folder.file("out.h5")), reference().results);
     expect_clean_end(outcome, "late ranks");
-  }
+  });
 }
 
 TEST(Promise07, AHangLeavesTheStepsOfEachLiveRank) {

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstddef>
+#include <functional>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,6 +20,10 @@ bool whole_matrix();
 
 /// Up to `quick` or `whole` points, by the mode, evenly spread over 1..last with both ends.
 std::vector<long> points(long last, int quick, int whole);
+
+/// Calls `check` for every index below `count`, several at a time: a job mostly waits, for its
+/// start or for a deadline. ANNULUS_FAULT_JOBS says how many; expectations may fail in any of them.
+void side_by_side(std::size_t count, const std::function<void(std::size_t)>& check);
 
 /// Causal ring attention over the sample file on 4 ranks, written to `output`.
 JobOptions ring_job(const std::string& output);
@@ -42,7 +49,8 @@ bool says(const JobOutcome& outcome, const std::string& pattern);
 /// No process, shared memory or session folder is left, and the job ended by itself.
 void expect_clean_end(const JobOutcome& outcome, const std::string& what);
 
-/// Counts cases and keeps the slowest, for the table of promises; prints them at the end.
+/// Counts cases and keeps the slowest, for the table of promises; prints them at the end. Cases may
+/// run side by side.
 class Figures {
  public:
   explicit Figures(std::string promise) : promise_(std::move(promise)) {}
@@ -54,6 +62,7 @@ class Figures {
   void note(const std::string& text) { notes_ += "; " + text; }
 
  private:
+  std::mutex mutex_;
   std::string promise_;
   std::string notes_;
   int cases_ = 0;
