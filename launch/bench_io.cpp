@@ -199,7 +199,8 @@ class IoBench {
       if (ranks_.rank() == 0) make_contiguous_file(files_.input(), kDataset, shape_, DType::f32);
     });
     agree(ranks_, [&] {
-      input_offset_ = Hdf5File(files_.input()).describe(kDataset).file_offset;
+      input_offset_ =
+          Hdf5File(files_.input(), {{kDataset}, {}, false}).describe(kDataset).file_offset;
       const FileDescriptor file = open_file(files_.input(), O_WRONLY);
       write_exactly(file.value(), values(), bytes(), nullptr, 0, offset(), files_.input());
     });
@@ -219,7 +220,7 @@ class IoBench {
   }
 
   void read_ours() {
-    const Hdf5File file(files_.input());
+    const Hdf5File file(ranks_, files_.input(), Hdf5Questions{{kDataset}, {}, false});
     const DatasetInfo dataset = file.describe(kDataset);
     const auto mpi = context_.mpi();
     if (options_.collective && mpi) {
@@ -230,7 +231,7 @@ class IoBench {
   }
 
   void read_output() {
-    const Hdf5File file(files_.output());
+    const Hdf5File file(ranks_, files_.output(), Hdf5Questions{{kOutput}, {}, false});
     file.read(file.describe(kOutput), selection(), shard_.view());
   }
 

@@ -73,7 +73,8 @@ std::string kept_attribute(const Hdf5File& file, const std::string& name) {
 }
 
 Subject open_subject(const VerifyOptions& options) {
-  Hdf5File file(options.output);
+  Hdf5File file(options.output,
+                {{kOutputs, kLogSumExp}, {{"output", "options"}, {"output", "report"}}, true});
   DatasetInfo outputs = file.describe(kOutputs);
   RunOptions run = restore_run_options(kept_attribute(file, "options"));
   run.input.path = options.input;

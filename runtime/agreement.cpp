@@ -47,6 +47,22 @@ std::vector<std::vector<std::byte>> gather_bytes(Communicator& communicator,
   return result;
 }
 
+std::vector<std::byte> broadcast_bytes(Communicator& communicator, std::vector<std::byte> bytes) {
+  const auto size = gather_values(communicator, static_cast<std::int64_t>(bytes.size())).front();
+  bytes.resize(static_cast<std::size_t>(size));
+  const int rank = communicator.rank();
+  for (int have = 1; have < communicator.size(); have *= 2) {
+    std::vector<Send> sends;
+    std::vector<Receive> receives;
+    if (rank < have && rank + have < communicator.size()) {
+      sends.push_back({rank + have, bytes.data(), size});
+    }
+    if (rank >= have && rank < 2 * have) receives.push_back({rank - have, bytes.data(), size});
+    if (!sends.empty() || !receives.empty()) communicator.exchange(sends, receives)->wait();
+  }
+  return bytes;
+}
+
 void agree(Communicator& communicator, const std::function<void()>& step) {
   std::int32_t code = 0;
   std::string message;

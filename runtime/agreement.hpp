@@ -18,4 +18,8 @@ void agree(Communicator& communicator, const std::function<void()>& step);
 std::vector<std::vector<std::byte>> gather_bytes(Communicator& communicator,
                                                  const std::vector<std::byte>& mine);
 
+/// What rank 0 gives, on every rank; it goes down a tree, each rank to at most log2(ranks) others.
+/// Collective.
+std::vector<std::byte> broadcast_bytes(Communicator& communicator, std::vector<std::byte> bytes);
+
 }  // namespace annulus

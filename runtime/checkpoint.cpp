@@ -6,7 +6,7 @@
 
 #include "kernels/error.hpp"
 #include "runtime/agreement.hpp"
-#include "runtime/hdf5_probe.hpp"
+#include "runtime/hdf5_source.hpp"
 
 namespace annulus {
 namespace {
@@ -45,13 +45,13 @@ struct Problems {
   }
 };
 
-bool has_all(const Hdf5File& file, const std::string& group, const Names& names) {
+bool has_all(const Hdf5Source& file, const std::string& group, const Names& names) {
   return std::all_of(names.begin(), names.end(),
                      [&](const std::string& name) { return file.has(group + name); });
 }
 
 // Groups, with a final slash, that hold a dataset with the first name.
-std::vector<std::string> groups_with(const Hdf5File& file, const std::vector<std::string>& paths,
+std::vector<std::string> groups_with(const Hdf5Source& file, const std::vector<std::string>& paths,
                                      const Names& names) {
   std::vector<std::string> groups;
   const std::string ending = "/" + names[0];
@@ -70,7 +70,7 @@ std::string joined(const std::vector<std::string>& words) {
 }
 
 // The default search: the root first, then the one group that has all three.
-Names find_names(const Hdf5File& file) {
+Names find_names(const Hdf5Source& file) {
   for (const Names& names : kDefaultNames) {
     if (has_all(file, "", names)) return names;
   }
@@ -248,7 +248,7 @@ std::string_view name(CheckpointField field) {
 
 namespace {
 
-CheckpointRequest completed(const Hdf5File& file, CheckpointRequest request) {
+CheckpointRequest completed(const Hdf5Source& file, CheckpointRequest request) {
   using F = CheckpointField;
   const std::array<F, 3> fields = {F::query, F::key, F::value};
   const bool named = std::all_of(fields.begin(), fields.end(),
@@ -261,31 +261,33 @@ CheckpointRequest completed(const Hdf5File& file, CheckpointRequest request) {
   return request;
 }
 
-// Meets everything of the file that check() and read() will ask HDF5 for.
-void walk(const CheckpointRequest& request) {
-  const Hdf5File file(request.path);
-  for (const std::string& dataset : completed(file, request).datasets) {
-    try {
-      if (!dataset.empty()) file.touch(file.describe(dataset));
-    } catch (const Error&) {  // check() says it
-    }
+// Chooses the datasets and asks all there is to know of each.
+void walk(const Hdf5Source& file, const CheckpointRequest& request, Hdf5Table& table) {
+  const CheckpointRequest complete = completed(file, request);
+  table.chosen.assign(complete.datasets.begin(), complete.datasets.end());
+  for (const std::string& name : complete.datasets) {
+    if (name.empty()) continue;
+    table.datasets.insert_or_assign(name,
+                                    answer_of<DatasetInfo>([&] { return file.describe(name); }));
   }
 }
 
-Hdf5File open_on_all(Communicator& communicator, const CheckpointRequest& request) {
-  agree(communicator, [&] {
-    if (communicator.rank() == 0) probe_in_child(request.path, [&] { walk(request); });
-  });
-  std::optional<Hdf5File> file;
-  agree(communicator, [&] { file.emplace(request.path); });
-  return std::move(*file);
+Hdf5File open_on_all(Communicator& communicator, CheckpointRequest& request) {
+  Hdf5File file(communicator, request.path,
+                [&](const Hdf5Source& source, Hdf5Table& table) { walk(source, request, table); });
+  const std::vector<std::string> chosen = file.chosen();
+  require(chosen.size() == request.datasets.size(), ExitCode::bad_data,
+          "{}: {} datasets chosen, expected {}", request.path, chosen.size(),
+          request.datasets.size());
+  std::copy(chosen.begin(), chosen.end(), request.datasets.begin());
+  return file;
 }
 
 }  // namespace
 
-Checkpoint::Checkpoint(Communicator& communicator, const CheckpointRequest& request)
+Checkpoint::Checkpoint(Communicator& communicator, CheckpointRequest request)
     : file_(open_on_all(communicator, request)) {
-  agree(communicator, [&] { check(completed(file_, request)); });
+  agree(communicator, [&] { check(request); });
 }
 
 void Checkpoint::check(const CheckpointRequest& request) {

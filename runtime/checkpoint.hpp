@@ -55,10 +55,11 @@ struct CheckpointReadOptions {
 /// whatever the layout of the file.
 class Checkpoint {
  public:
-  /// Opens the file on every rank and checks every field. All problems are reported together, by
-  /// dataset, with what was expected and found: missing_input when all of them are of missing
-  /// things, else bad_data. Collective: all ranks throw together.
-  Checkpoint(Communicator& communicator, const CheckpointRequest& request);
+  /// Opens the file on every rank, with one child process of the job to read its metadata, and
+  /// checks every field. All problems are reported together, by dataset, with what was expected and
+  /// found: missing_input when all of them are of missing things, else bad_data. Collective: all
+  /// ranks throw together.
+  Checkpoint(Communicator& communicator, CheckpointRequest request);
 
   const Hdf5File& file() const { return file_; }
   bool has(CheckpointField field) const { return info(field).has_value(); }

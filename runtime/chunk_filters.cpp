@@ -9,6 +9,8 @@
 #include <memory>
 
 #include "kernels/error.hpp"
+#include "runtime/scale_offset_filter.hpp"
+#include "runtime/szip_filter.hpp"
 
 namespace annulus {
 namespace {
@@ -150,10 +152,30 @@ std::string filter_name(int id) {
   return id > 0 && id < static_cast<int>(kNames.size()) ? kNames[static_cast<std::size_t>(id)] : "";
 }
 
-bool is_decodable(std::span<const ChunkFilter> filters) {
-  return std::all_of(filters.begin(), filters.end(), [](const ChunkFilter& filter) {
-    return filter.id >= ChunkFilter::kDeflate && filter.id <= ChunkFilter::kFletcher32;
-  });
+void require_decodable(std::span<const ChunkFilter> filters, const std::string& what) {
+  require(filters.size() <= kMostFilters, ExitCode::bad_data,
+          "{}: has {} filters, at most {} are accepted", what, filters.size(), kMostFilters);
+  for (const ChunkFilter& filter : filters) {
+    require(!filter_name(filter.id).empty(), ExitCode::bad_data,
+            "{}: filter {} is not accepted; accepted: deflate, shuffle, fletcher32, szip, nbit, "
+            "scaleoffset",
+            what, filter.id);
+    switch (filter.id) {
+      case ChunkFilter::kSzip:
+        require_szip(filter, what);
+        break;
+      case ChunkFilter::kScaleOffset:
+        require_scale_offset(filter, what);
+        break;
+      case ChunkFilter::kNbit:
+        // Its second parameter says that all bits of the elements are in use.
+        require(filter.parameter(1) != 0, ExitCode::bad_data,
+                "{}: nbit packs elements that have no unused bits", what);
+        break;
+      default:
+        break;
+    }
+  }
 }
 
 std::uint32_t fletcher32(std::span<const std::byte> data) {
@@ -187,10 +209,18 @@ void decode_chunk(std::span<const ChunkFilter> filters, std::uint32_t skipped,
         buffer.resize(without_checksum(buffer).size());
         continue;
       case ChunkFilter::kShuffle:
-        unshuffle(filters[i].parameter, buffer, scratch);
+        unshuffle(filters[i].parameter(0), buffer, scratch);
         break;
       case ChunkFilter::kDeflate:
         inflate_chunk(most_bytes, buffer, scratch);
+        break;
+      case ChunkFilter::kNbit:
+        continue;  // of elements without unused bits: nothing was packed
+      case ChunkFilter::kSzip:
+        decode_szip(filters[i], most_bytes, buffer, scratch);
+        break;
+      case ChunkFilter::kScaleOffset:
+        decode_scale_offset(filters[i], most_bytes, buffer, scratch);
         break;
       default:
         throw Error(ExitCode::internal, fmt::format("no decoder for filter {}", filters[i].id));

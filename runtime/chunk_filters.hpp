@@ -8,6 +8,8 @@
 
 namespace annulus {
 
+inline constexpr std::size_t kMostFilters = 8;
+
 /// One filter of a dataset's pipeline; the ids are HDF5's.
 struct ChunkFilter {
   static constexpr int kDeflate = 1;
@@ -18,7 +20,10 @@ struct ChunkFilter {
   static constexpr int kScaleOffset = 6;
 
   int id = 0;
-  std::uint32_t parameter = 0;  // of shuffle: bytes of an element
+  std::vector<std::uint32_t> parameters;  // as HDF5 stores them with the dataset
+
+  /// Parameter i, or 0 where the file has fewer.
+  std::uint32_t parameter(std::size_t i) const { return i < parameters.size() ? parameters[i] : 0; }
 
   friend bool operator==(const ChunkFilter&, const ChunkFilter&) = default;
 };
@@ -26,8 +31,10 @@ struct ChunkFilter {
 /// HDF5's name of the filters accepted in a file, or an empty string.
 std::string filter_name(int id);
 
-/// Whether decode_chunk() knows every filter; HDF5 decodes the others.
-bool is_decodable(std::span<const ChunkFilter> filters);
+/// Throws bad_data, starting with `what`, unless decode_chunk() can undo the filters: every name
+/// above, with parameters that HDF5 writes for elements of whole bytes; szip where this build has
+/// its library.
+void require_decodable(std::span<const ChunkFilter> filters, const std::string& what);
 
 /// Fletcher's checksum as HDF5 defines it: sums of big-endian 16-bit words modulo 65535.
 std::uint32_t fletcher32(std::span<const std::byte> data);

@@ -1,18 +1,17 @@
-#include <hdf5.h>
 #include <mpi.h>
 
 #include <algorithm>
-#include <array>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "kernels/buffer.hpp"
-#include "runtime/hdf5_open.hpp"
+#include "kernels/error.hpp"
+#include "runtime/hdf5_reader.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/mpi_communicator.hpp"
 
 namespace annulus {
-
-#ifdef H5_HAVE_PARALLEL
 namespace {
 
 // Cuts a box along its outermost dimensions until every piece fits `most_bytes`.
@@ -20,7 +19,8 @@ void cut(const Box& box, std::int64_t element_bytes, std::int64_t most_bytes,
          std::vector<Box>& pieces) {
   if (box.extent.elements() * element_bytes <= most_bytes) return pieces.push_back(box);
   int dim = 0;
-  while (box.extent[dim] == 1) ++dim;
+  while (dim < box.extent.rank() && box.extent[dim] == 1) ++dim;
+  if (dim == box.extent.rank()) return pieces.push_back(box);
   const std::int64_t row_bytes = box.extent.elements() / box.extent[dim] * element_bytes;
   const std::int64_t step = std::max<std::int64_t>(1, most_bytes / row_bytes);
   for (std::int64_t begin = 0; begin < box.extent[dim]; begin += step) {
@@ -38,115 +38,163 @@ bool all_well(MPI_Comm ranks, bool here) {
   return well != 0;
 }
 
-// The same number of reads on every rank: those that are done take part with an empty selection.
-class CollectiveReader {
+// What a rank reads in a round: bytes of the file, scattered as `type` says from `offset` on.
+struct Scattered {
+  std::int64_t offset = 0;
+  MPI_Datatype type = MPI_BYTE;
+  void* data = nullptr;
+  std::int64_t bytes = 0;
+};
+
+// The bytes of a box: an inner run, repeated with the strides of the outer dimensions.
+class BoxType {
  public:
-  CollectiveReader(MPI_Comm ranks, const std::string& path, const std::string& dataset)
-      : ranks_(ranks), path_(path) {
-    const Hdf5Handle access = own(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
-    transfer_ = own(H5Pcreate(H5P_DATASET_XFER), H5Pclose);
-    const bool ready = access && transfer_ &&
-                       H5Pset_fapl_mpio(access.get().value, ranks, MPI_INFO_NULL) >= 0 &&
-                       H5Pset_dxpl_mpio(transfer_.get().value, H5FD_MPIO_COLLECTIVE) >= 0;
-    require(all_well(ranks_, ready), ExitCode::internal, "{}: no collective reads", path);
-    file_ = own(H5Fopen(path.c_str(), H5F_ACC_RDONLY, access.get().value), H5Fclose);
-    const std::string reason = file_ ? "a peer cannot open it" : hdf5_reason();
-    require(all_well(ranks_, static_cast<bool>(file_)), ExitCode::io,
-            "{}: cannot be opened by all ranks: {}", path, reason);
-    dataset_ = own(H5Dopen2(file_.get().value, dataset.c_str(), H5P_DEFAULT), H5Dclose);
-    type_ = own(dataset_ ? H5Dget_type(dataset_.get().value) : -1, H5Tclose);
-    require(all_well(ranks_, static_cast<bool>(type_)), ExitCode::io,
-            "{}: {} cannot be opened by all ranks", path, dataset);
+  BoxType(const Box& box, const Shape& byte_strides, std::int64_t element_bytes) {
+    const auto run = static_cast<int>(element_bytes);
+    ANNULUS_CHECK_MPI(MPI_Type_contiguous(run, MPI_BYTE, &type_));
+    for (int dim = box.extent.rank() - 1; dim >= 0; --dim) {
+      MPI_Datatype outer = MPI_DATATYPE_NULL;
+      ANNULUS_CHECK_MPI(MPI_Type_create_hvector(static_cast<int>(box.extent[dim]), 1,
+                                                byte_strides[dim], type_, &outer));
+      ANNULUS_CHECK_MPI(MPI_Type_free(&type_));
+      type_ = outer;
+    }
+    ANNULUS_CHECK_MPI(MPI_Type_commit(&type_));
+  }
+  ~BoxType() { static_cast<void>(MPI_Type_free(&type_)); }
+  BoxType(const BoxType&) = delete;
+  BoxType& operator=(const BoxType&) = delete;
+
+  MPI_Datatype get() const { return type_; }
+
+ private:
+  MPI_Datatype type_ = MPI_DATATYPE_NULL;
+};
+
+// A file open on all ranks, which take part in every call.
+class CollectiveFile {
+ public:
+  CollectiveFile(MPI_Comm ranks, const std::string& path, const std::string& what)
+      : ranks_(ranks), what_(what) {
+    const int code = MPI_File_open(ranks, path.c_str(), MPI_MODE_RDONLY, MPI_INFO_NULL, &file_);
+    require(all_well(ranks, code == MPI_SUCCESS), ExitCode::io,
+            "{}: cannot be opened by all ranks: {}", path,
+            code == MPI_SUCCESS ? "a peer cannot open it" : mpi_error_text(code));
+  }
+  ~CollectiveFile() {
+    if (file_ != MPI_FILE_NULL) static_cast<void>(MPI_File_close(&file_));
+  }
+  CollectiveFile(const CollectiveFile&) = delete;
+  CollectiveFile& operator=(const CollectiveFile&) = delete;
+
+  /// The largest of the ranks' numbers of rounds.
+  std::size_t rounds(std::size_t mine) const {
+    auto most = static_cast<long long>(mine);
+    ANNULUS_CHECK_MPI(MPI_Allreduce(MPI_IN_PLACE, &most, 1, MPI_LONG_LONG, MPI_MAX, ranks_));
+    return static_cast<std::size_t>(most);
   }
 
-  void read(const OpenDataset& dataset, const std::vector<Box>& pieces,
-            const TensorView& destination, std::int64_t staging_bytes) {
-    long long rounds = static_cast<long long>(pieces.size());
-    ANNULUS_CHECK_MPI(MPI_Allreduce(MPI_IN_PLACE, &rounds, 1, MPI_LONG_LONG, MPI_MAX, ranks_));
-    Buffer staging(Device::cpu,
-                   std::min(staging_bytes, std::max<std::int64_t>(dataset.info.data_bytes, 1)));
-    for (std::size_t round = 0; round < static_cast<std::size_t>(rounds); ++round) {
-      const bool mine = round < pieces.size();
-      const bool well = read_piece(mine ? &pieces[round] : nullptr, dataset, staging);
-      const std::string reason = well ? "a peer failed" : hdf5_reason();
-      require(all_well(ranks_, well), ExitCode::io, "{}: collective read failed: {}", dataset.what,
-              reason);
-      if (!mine) continue;
-      const Box& piece = pieces[round];
-      auto* data = static_cast<std::byte*>(staging.data());
-      const std::int64_t bytes = piece.extent.elements() * dataset.info.type.bytes;
-      exchange_bytes(dataset.info.type, {data, static_cast<std::size_t>(bytes)});
-      Shape strides = contiguous_strides(piece.extent);
-      for (int dim = 0; dim < strides.rank(); ++dim) strides[dim] *= dataset.info.type.bytes;
-      store_block(dataset, data, strides, subview(destination, piece.local_begin, piece.extent));
+  /// One round; a rank that is done passes no bytes. `well` of all ranks decides whether it is
+  /// begun, so that one that cannot go on takes the others along.
+  void read(const Scattered& part, const std::string& problem) {
+    require(all_well(ranks_, problem.empty()), ExitCode::bad_data, "{}",
+            problem.empty() ? what_ + ": a peer cannot read it" : problem);
+    int code = MPI_File_set_view(file_, part.offset, MPI_BYTE, part.type, "native", MPI_INFO_NULL);
+    MPI_Status status{};
+    const auto bytes = static_cast<int>(part.bytes);
+    if (code == MPI_SUCCESS) {
+      code = MPI_File_read_all(file_, part.data, bytes, MPI_BYTE, &status);
     }
+    int got = 0;
+    if (code == MPI_SUCCESS) code = MPI_Get_count(&status, MPI_BYTE, &got);
+    const bool well = code == MPI_SUCCESS && got == bytes;
+    std::string reason = "a peer failed";
+    if (code != MPI_SUCCESS) reason = mpi_error_text(code);
+    if (code == MPI_SUCCESS && !well) reason = fmt::format("{} of {} bytes came", got, bytes);
+    require(all_well(ranks_, well), ExitCode::io, "{}: collective read failed: {}", what_, reason);
   }
 
  private:
-  bool read_piece(const Box* piece, const OpenDataset& dataset, const Buffer& staging) {
-    const int rank = dataset.info.shape.rank();
-    std::array<hsize_t, Shape::kMaxRank> begin{};
-    std::array<hsize_t, Shape::kMaxRank> count{};
-    for (int dim = 0; dim < rank; ++dim) {
-      const auto i = static_cast<std::size_t>(dim);
-      begin[i] = piece != nullptr ? static_cast<hsize_t>(piece->global_begin[dim]) : 0;
-      count[i] = piece != nullptr ? static_cast<hsize_t>(piece->extent[dim]) : 1;
-    }
-    const Hdf5Handle memory = own(H5Screate_simple(rank, count.data(), nullptr), H5Sclose);
-    const Hdf5Handle space = own(H5Dget_space(dataset_.get().value), H5Sclose);
-    if (!memory || !space) return false;
-    const bool selected =
-        piece != nullptr
-            ? H5Sselect_hyperslab(space.get().value, H5S_SELECT_SET, begin.data(), nullptr,
-                                  count.data(), nullptr) >= 0
-            : H5Sselect_none(space.get().value) >= 0 && H5Sselect_none(memory.get().value) >= 0;
-    return selected && H5Dread(dataset_.get().value, type_.get().value, memory.get().value,
-                               space.get().value, transfer_.get().value, staging.data()) >= 0;
-  }
-
   MPI_Comm ranks_;
-  const std::string& path_;
-  Hdf5Handle transfer_;
-  Hdf5Handle file_;
-  Hdf5Handle dataset_;
-  Hdf5Handle type_;
+  const std::string& what_;
+  MPI_File file_ = MPI_FILE_NULL;
 };
+
+void read_contiguous(CollectiveFile& file, const OpenDataset& dataset, const Selection& selection,
+                     const TensorView& destination, std::int64_t staging_bytes) {
+  const StoredType& type = dataset.info.type;
+  const Shape strides = byte_strides(dataset.info.shape, type.bytes);
+  std::vector<Box> pieces;
+  for_each_box(selection, [&](const Box& box) { cut(box, type.bytes, staging_bytes, pieces); });
+  Buffer staging(Device::cpu, std::clamp<std::int64_t>(dataset.info.data_bytes, type.bytes,
+                                                       std::max<std::int64_t>(staging_bytes, 8)));
+  const std::size_t rounds = file.rounds(pieces.size());
+  for (std::size_t round = 0; round < rounds; ++round) {
+    if (round >= pieces.size()) {
+      file.read({}, "");
+      continue;
+    }
+    const Box& piece = pieces[round];
+    const BoxType bytes_of_piece(piece, strides, type.bytes);
+    auto* data = static_cast<std::byte*>(staging.data());
+    const std::int64_t bytes = piece.extent.elements() * type.bytes;
+    std::int64_t offset = dataset.info.file_offset;
+    for (int dim = 0; dim < strides.rank(); ++dim) {
+      offset += piece.global_begin[dim] * strides[dim];
+    }
+    file.read({offset, bytes_of_piece.get(), data, bytes}, "");
+    exchange_bytes(type, {data, static_cast<std::size_t>(bytes)});
+    store_block(dataset, data, byte_strides(piece.extent, type.bytes),
+                subview(destination, piece.local_begin, piece.extent));
+  }
+}
+
+void read_chunked(CollectiveFile& file, const OpenDataset& dataset, const Selection& selection,
+                  const TensorView& destination) {
+  ChunkDecoder decoder(dataset, selection, destination);
+  const std::vector<ChunkDecoder::Wanted> wanted = decoder.wanted();
+  const std::size_t rounds = file.rounds(wanted.size());
+  std::string problem;
+  for (std::size_t round = 0; round < rounds; ++round) {
+    const bool mine = round < wanted.size();
+    Scattered part;
+    if (mine && wanted[round].stored != nullptr) {
+      const StoredChunk& chunk = *wanted[round].stored;
+      part = {chunk.offset, MPI_BYTE, decoder.room(chunk).data(), chunk.bytes};
+    }
+    file.read(part, problem);
+    try {
+      if (mine) decoder.place(wanted[round]);
+    } catch (const Error& error) {
+      problem = error.what();
+    }
+  }
+  // Whoever failed in the last round says so now.
+  file.read({}, problem);
+}
 
 }  // namespace
 
-void Hdf5File::read_collectively(const MpiHandle& ranks, const DatasetInfo& dataset,
+void Hdf5File::read_collectively(const MpiHandle& ranks, const DatasetInfo& info,
                                  const Selection& selection, TensorView destination,
                                  const ReadOptions& options) const {
   const MPI_Comm communicator = MPI_Comm_f2c(ranks.fortran);
-  const Hdf5Guard guard;
-  std::vector<Box> pieces;
-  std::optional<OpenDataset> opened;
+  const OpenDataset dataset = open_dataset(info);
   std::string problem;
   try {
-    opened = open_dataset(dataset.path);
-    selection.validate(opened->info.shape, opened->what);
-    for_each_box(selection, [&](const Box& box) {
-      cut(box, opened->info.type.bytes, options.staging_bytes, pieces);
-    });
+    require_selection(dataset, selection, destination);
   } catch (const Error& error) {
     problem = error.what();
   }
   require(all_well(communicator, problem.empty()), ExitCode::bad_data, "{}",
-          problem.empty() ? dataset.path + ": a peer cannot read it" : problem);
-  CollectiveReader(communicator, path(), dataset.path)
-      .read(*opened, pieces, destination, options.staging_bytes);
+          problem.empty() ? dataset.what + ": a peer cannot read it" : problem);
+  if (info.storage == Storage::compact) return read_compact(dataset, selection, destination);
+  CollectiveFile file(communicator, path(), dataset.what);
+  if (info.storage == Storage::chunked) {
+    read_chunked(file, dataset, selection, destination);
+  } else {
+    read_contiguous(file, dataset, selection, destination, options.staging_bytes);
+  }
 }
-
-#else
-
-void Hdf5File::read_collectively(const MpiHandle& /*ranks*/, const DatasetInfo& dataset,
-                                 const Selection& /*selection*/, TensorView /*destination*/,
-                                 const ReadOptions& /*options*/) const {
-  throw Error(ExitCode::usage, fmt::format("{}: {}: collective reads need a parallel HDF5; this "
-                                           "build has a serial one",
-                                           path(), dataset.path));
-}
-
-#endif
 
 }  // namespace annulus

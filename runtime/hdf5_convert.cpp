@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "kernels/buffer.hpp"
-#include "runtime/hdf5_open.hpp"
+#include "runtime/hdf5_reader.hpp"
 
 namespace annulus {
 namespace {

@@ -1,47 +1,28 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kernels/types.hpp"
-#include "runtime/chunk_filters.hpp"
+#include "runtime/hdf5_dataset.hpp"
+#include "runtime/hdf5_table.hpp"
 #include "runtime/selection.hpp"
 
 namespace annulus {
 
+class Communicator;
+class Hdf5Source;
 struct MpiHandle;
 struct OpenDataset;
 
-/// How a file stores one element.
-struct StoredType {
-  enum class Kind : std::uint8_t { floating, integer, boolean };
-
-  Kind kind = Kind::floating;
-  DType dtype = DType::f32;  // of Kind::floating
-  int bytes = 4;
-  bool is_signed = true;  // of Kind::integer
-  bool big_endian = false;
-
-  std::string to_string() const;  // "big-endian f32", "i64", "bool"
-};
-
-enum class Storage : std::uint8_t { contiguous, chunked, compact };
-
-/// What is known of a dataset before any of its data is read.
-struct DatasetInfo {
-  std::string path;
-  Shape shape;
-  StoredType type;
-  Storage storage = Storage::contiguous;
-  Shape chunk;                       // of Storage::chunked
-  std::vector<ChunkFilter> filters;  // in the order in which they were applied
-  std::int64_t file_offset = 0;      // of Storage::contiguous
-  std::int64_t data_bytes = 0;       // elements × bytes of one
-};
+/// What a child process asks of the file, putting the answers into the table.
+using Hdf5Walk = std::function<void(const Hdf5Source&, Hdf5Table&)>;
 
 struct ReadOptions {
   /// Bytes of scratch memory a read may use beyond its destination (chunks as large as this need
@@ -49,14 +30,27 @@ struct ReadOptions {
   std::int64_t staging_bytes = std::int64_t{16} << 20;
 };
 
-/// An HDF5 file open for reading, treated as hostile: external links, external storage, virtual
-/// datasets, unknown filters and plugins are refused, and no claimed size is believed that the
-/// file cannot hold. Every error names the file, and the dataset, and quotes HDF5's innermost
-/// reason. Not collective: each rank opens and reads for itself.
+/// What will be asked of a file: answered together, by one child process.
+struct Hdf5Questions {
+  std::vector<std::string> datasets;
+  std::vector<Hdf5Table::AttributeName> attributes;
+  bool paths = false;
+};
+
+/// An HDF5 file open for reading, treated as hostile. A child process opens it with HDF5 and tells
+/// what there is and where; this process never lets HDF5 see it, reads bytes from places that it
+/// has checked to be in the file, and decodes them itself. Every error names the file, and the
+/// dataset, and quotes HDF5's innermost reason.
 class Hdf5File {
  public:
   /// Throws missing_input when there is no such file, bad_data when it is not (or no longer) HDF5.
-  explicit Hdf5File(const std::string& path);
+  /// Not collective: the caller opens and reads for itself. What was not asked for here costs
+  /// another child when it is.
+  explicit Hdf5File(const std::string& path, const Hdf5Questions& questions = {});
+  /// The same on all ranks with a child of rank 0 alone. Collective: all ranks throw together.
+  Hdf5File(Communicator& ranks, const std::string& path, const Hdf5Questions& questions);
+  /// The same with a walk of the caller's own instead of questions.
+  Hdf5File(Communicator& ranks, const std::string& path, const Hdf5Walk& walk);
   ~Hdf5File();
   Hdf5File(Hdf5File&&) noexcept;
   Hdf5File& operator=(Hdf5File&&) noexcept;
@@ -65,14 +59,11 @@ class Hdf5File {
   std::int64_t bytes() const;
   /// Paths of the datasets, in the file's order, without a leading slash: at most 10,000.
   std::vector<std::string> dataset_paths() const;
-  /// Whether a path leads to an object of this file.
-  bool has(const std::string& object) const;
   /// Throws missing_input when there is no such dataset (naming what there is), bad_data when its
   /// type, rank or storage cannot be read here.
   DatasetInfo describe(const std::string& dataset) const;
-  /// Looks up every chunk of a dataset, up to a million; those that HDF5 itself must decode (szip,
-  /// nbit, scaleoffset) are decoded once.
-  void touch(const DatasetInfo& dataset) const;
+  /// What the walk chose.
+  const std::vector<std::string>& chosen() const;
   /// A string attribute of a dataset, a group or the root ("/"), when there is one.
   std::optional<std::string> text_attribute(const std::string& object,
                                             const std::string& name) const;
@@ -81,15 +72,14 @@ class Hdf5File {
   /// integers to i32, i64 or u8 (bad_data names a value that does not fit), booleans to u8.
   void read(const DatasetInfo& dataset, const Selection& selection, TensorView destination,
             const ReadOptions& options = {}) const;
-  /// The same with all of `ranks` in collective MPI-IO read, for parallel file systems.
-  /// Collective; usage without a parallel HDF5.
+  /// The same with all of `ranks` in collective MPI-IO, for parallel file systems. Collective.
   void read_collectively(const MpiHandle& ranks, const DatasetInfo& dataset,
                          const Selection& selection, TensorView destination,
                          const ReadOptions& options = {}) const;
 
  private:
   struct State;
-  OpenDataset open_dataset(const std::string& dataset) const;
+  OpenDataset open_dataset(const DatasetInfo& dataset) const;
   std::unique_ptr<State> state_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <hdf5.h>
 
+#include <new>
 #include <type_traits>
 
 namespace annulus {
@@ -37,6 +38,8 @@ Hdf5Guard::~Hdf5Guard() {
   static_cast<void>(H5PLset_loading_state(plugins_));
   static_cast<void>(H5Eset_auto2(H5E_DEFAULT, printer_, printer_data_));
 }
+
+void take_hdf5_after_fork() { new (&library_mutex()) std::recursive_mutex; }
 
 void Hdf5Closer::operator()(Hdf5Id id) const noexcept {
   const std::lock_guard<std::recursive_mutex> lock(library_mutex());

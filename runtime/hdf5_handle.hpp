@@ -28,6 +28,10 @@ class Hdf5Guard {
   unsigned plugins_ = 0;
 };
 
+/// In a child process that was forked while its parent's thread held the guard: the lock is of a
+/// thread that does not exist here, so a new one takes its place.
+void take_hdf5_after_fork();
+
 /// An hid_t that tests as false when there is none.
 struct Hdf5Id {
   std::int64_t value = -1;

@@ -4,8 +4,8 @@
 
 #include <array>
 
+#include "runtime/hdf5_driver.hpp"
 #include "runtime/hdf5_handle.hpp"
-#include "runtime/hdf5_layout_driver.hpp"
 #include "runtime/hdf5_type.hpp"
 
 namespace annulus {
@@ -23,7 +23,7 @@ class LayoutWriter {
     target_.descriptor = descriptor;
     target_.path = path;
     target_.placeholder = &placeholder_;
-    const Hdf5Handle properties = layout_properties(target_);
+    const Hdf5Handle properties = driver_properties(target_);
     const hid_t id = properties.get().value;
     check(H5Pset_alignment(id, kAlignedFrom, kAlignment));
     check(H5Pset_libver_bounds(id, H5F_LIBVER_LATEST, H5F_LIBVER_LATEST));
@@ -133,7 +133,7 @@ class LayoutWriter {
     }
   }
 
-  LayoutTarget target_;
+  DriverTarget target_;
   std::byte placeholder_{};
   Hdf5Handle file_;
 };

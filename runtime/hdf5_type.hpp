@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "runtime/hdf5_file.hpp"
+#include "runtime/hdf5_dataset.hpp"
 #include "runtime/hdf5_handle.hpp"
 
 namespace annulus {

@@ -1,7 +1,7 @@
 // Promise 24: damaged files of every form end in an Error. HDF5 1.10.8 itself crashes or loops on
-// some; the probe in a child meets most of them, but not damage to the heap that shows only later:
-// about one file in 1,500 still ends the process inside HDF5, and this test holds that rate. The
-// same loader is a libFuzzer target (ANNULUS_FUZZ).
+// some, in the child process that reads the metadata; this process must survive all of them.
+// ANNULUS_FUZZ_SEED and ANNULUS_FUZZ_CASES ask for certain files, or for more. The same loader is a
+// libFuzzer target (ANNULUS_FUZZ).
 
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -22,8 +22,7 @@ using test::Pack;
 
 constexpr int kCases = 1000;
 constexpr int kCasesPerChild = 10;
-constexpr unsigned kSecondsPerChild = 5;
-constexpr int kMostDeathsInHdf5 = 10;  // of the children
+constexpr unsigned kSecondsPerChild = 250;  // each may meet a loop in HDF5, which is ended after 20
 
 std::vector<std::vector<char>> seeds() {
   const test::ScratchFolder folder;
@@ -98,8 +97,9 @@ TEST(Hdf5Fuzz, DamagedFilesAreRefused) {
   for (const std::vector<char>& bytes : files) {
     ASSERT_EQ(load(bytes), 3) << "an intact file is refused, so that nothing is tested";
   }
-  int deaths = 0;
-  for (int first = 0; first < kCases; first += kCasesPerChild) {
+  const char* cases = std::getenv("ANNULUS_FUZZ_CASES");
+  const int last = cases != nullptr ? std::atoi(cases) : kCases;
+  for (int first = 0; first < last; first += kCasesPerChild) {
     const pid_t child = fork();
     if (child == 0) {
       alarm(kSecondsPerChild);
@@ -116,10 +116,9 @@ TEST(Hdf5Fuzz, DamagedFilesAreRefused) {
     ASSERT_EQ(waitpid(child, &status, 0), child);
     ASSERT_FALSE(WIFEXITED(status) && WEXITSTATUS(status) != 0)
         << "cases " << first << " on of seed " << seed << ": an exception escaped";
-    deaths += WIFSIGNALED(status) ? 1 : 0;
+    ASSERT_FALSE(WIFSIGNALED(status)) << "cases " << first << " on of seed " << seed << ": "
+                                      << strsignal(WTERMSIG(status));
   }
-  RecordProperty("deaths_in_hdf5", deaths);
-  EXPECT_LE(deaths, kMostDeathsInHdf5) << "seed " << seed;
 }
 
 }  // namespace

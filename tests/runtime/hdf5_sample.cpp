@@ -149,6 +149,11 @@ void set_storage(hid_t properties, const SampleDataset& dataset, hid_t type) {
   }
   if (pack == Pack::szip) check(H5Pset_szip(properties, H5_SZIP_NN_OPTION_MASK, 8), "szip");
   if (pack == Pack::nbit) check(H5Pset_nbit(properties), "nbit");
+  if (pack == Pack::scale_offset) {  // three decimal digits hold eighths
+    const bool whole = dataset.form >= Form::i8;
+    check(H5Pset_scaleoffset(properties, whole ? H5Z_SO_INT : H5Z_SO_FLOAT_DSCALE, whole ? 0 : 3),
+          "scaleoffset");
+  }
   if (pack == Pack::missing_chunks) {
     std::vector<char> fill;
     encode(fill, dataset, 1.5);
@@ -209,6 +214,7 @@ const char* name(Pack pack) {
                                     "gzip_fletcher_first",
                                     "szip",
                                     "nbit",
+                                    "scale_offset",
                                     "missing_chunks"};
   return kNames[static_cast<std::size_t>(pack)];
 }

@@ -55,6 +55,7 @@ enum class Pack : std::uint8_t {
   gzip_fletcher_first,
   szip,
   nbit,
+  scale_offset,
   missing_chunks,
 };
 

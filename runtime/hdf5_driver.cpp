@@ -1,4 +1,4 @@
-#include "runtime/hdf5_layout_driver.hpp"
+#include "runtime/hdf5_driver.hpp"
 
 #include <hdf5.h>
 #include <sys/stat.h>
@@ -14,26 +14,27 @@ namespace {
 
 // HDF5 keeps a copy of these bytes in the property list.
 struct DriverInfo {
-  LayoutTarget* target = nullptr;
+  DriverTarget* target = nullptr;
 };
 
 // What HDF5 holds of an open file; its public part comes first.
-struct LayoutFile {
+struct DriverFile {
   H5FD_t base{};
-  LayoutTarget* target = nullptr;
+  DriverTarget* target = nullptr;
   haddr_t allocated = 0;
   haddr_t written = 0;
 };
 
-LayoutFile& self(H5FD_t* file) { return *reinterpret_cast<LayoutFile*>(file); }
-const LayoutFile& self(const H5FD_t* file) { return *reinterpret_cast<const LayoutFile*>(file); }
+DriverFile& self(H5FD_t* file) { return *reinterpret_cast<DriverFile*>(file); }
+const DriverFile& self(const H5FD_t* file) { return *reinterpret_cast<const DriverFile*>(file); }
 
 H5FD_t* open_file(const char* /*name*/, unsigned /*flags*/, hid_t properties, haddr_t /*largest*/) {
   const auto* info = static_cast<const DriverInfo*>(H5Pget_driver_info(properties));
   if (info == nullptr) return nullptr;
-  auto* file = new (std::nothrow) LayoutFile;
+  auto* file = new (std::nothrow) DriverFile;
   if (file == nullptr) return nullptr;
   file->target = info->target;
+  file->written = static_cast<haddr_t>(info->target->existing_bytes);
   return &file->base;
 }
 
@@ -58,10 +59,17 @@ herr_t set_allocated(H5FD_t* file, H5FD_mem_t /*type*/, haddr_t address) {
 
 haddr_t written(const H5FD_t* file, H5FD_mem_t /*type*/) { return self(file).written; }
 
+bool note_placeholder(DriverTarget& target, const void* data, haddr_t address, std::size_t bytes) {
+  if (data != target.placeholder) return false;
+  target.placed_at = static_cast<std::int64_t>(address);
+  target.placed_bytes = static_cast<std::int64_t>(bytes);
+  return true;
+}
+
 // Notes the first failure and tells HDF5 that all is well: a file whose close fails stays half open
 // in HDF5's tables, and the library crashes over it later. The owner of the target looks there.
 template <typename Action>
-void noting_failure(LayoutTarget& target, const Action& action) {
+void noting_failure(DriverTarget& target, const Action& action) {
   if (!target.failure.empty()) return;
   try {
     action();
@@ -72,41 +80,39 @@ void noting_failure(LayoutTarget& target, const Action& action) {
 
 herr_t read_file(H5FD_t* file, H5FD_mem_t /*type*/, hid_t /*transfer*/, haddr_t address,
                  std::size_t bytes, void* data) {
-  LayoutFile& layout = self(file);
+  DriverFile& opened = self(file);
+  if (note_placeholder(*opened.target, data, address, bytes)) return 0;
   std::memset(data, 0, bytes);
-  if (address >= layout.written) return 0;
-  const haddr_t there = layout.written - address;
+  if (address >= opened.written) return 0;
+  const haddr_t there = opened.written - address;
   const std::size_t count = bytes < there ? bytes : static_cast<std::size_t>(there);
-  noting_failure(*layout.target, [&] {
-    read_exactly(layout.target->descriptor, data, static_cast<std::int64_t>(count),
-                 static_cast<std::int64_t>(address), layout.target->path);
+  noting_failure(*opened.target, [&] {
+    read_exactly(opened.target->descriptor, data, static_cast<std::int64_t>(count),
+                 static_cast<std::int64_t>(address), opened.target->path);
   });
   return 0;
 }
 
 herr_t write_file(H5FD_t* file, H5FD_mem_t /*type*/, hid_t /*transfer*/, haddr_t address,
                   std::size_t bytes, const void* data) {
-  LayoutFile& layout = self(file);
-  if (data == layout.target->placeholder) {
-    layout.target->placed_at = static_cast<std::int64_t>(address);
-    return 0;
-  }
-  noting_failure(*layout.target, [&] {
-    write_exactly(layout.target->descriptor, data, static_cast<std::int64_t>(bytes), nullptr, 0,
-                  static_cast<std::int64_t>(address), layout.target->path);
+  DriverFile& opened = self(file);
+  if (note_placeholder(*opened.target, data, address, bytes)) return 0;
+  noting_failure(*opened.target, [&] {
+    write_exactly(opened.target->descriptor, data, static_cast<std::int64_t>(bytes), nullptr, 0,
+                  static_cast<std::int64_t>(address), opened.target->path);
   });
-  layout.written = std::max(layout.written, address + bytes);
+  opened.written = std::max(opened.written, address + bytes);
   return 0;
 }
 
 herr_t truncate_file(H5FD_t* file, hid_t /*transfer*/, hbool_t /*closing*/) {
-  LayoutFile& layout = self(file);
-  if (layout.written == layout.allocated) return 0;
-  noting_failure(*layout.target, [&] {
-    resize_file(layout.target->descriptor, static_cast<std::int64_t>(layout.allocated),
-                layout.target->path);
+  DriverFile& opened = self(file);
+  if (opened.written == opened.allocated) return 0;
+  noting_failure(*opened.target, [&] {
+    resize_file(opened.target->descriptor, static_cast<std::int64_t>(opened.allocated),
+                opened.target->path);
   });
-  layout.written = layout.allocated;
+  opened.written = opened.allocated;
   return 0;
 }
 
@@ -118,7 +124,7 @@ const H5FD_class_t& driver_class() {
     c.version = H5FD_CLASS_VERSION;
     c.value = static_cast<H5FD_class_value_t>(510);  // of the range left to unregistered drivers
 #endif
-    c.name = "annulus_layout";
+    c.name = "annulus";
     c.maxaddr = static_cast<haddr_t>(std::numeric_limits<std::int64_t>::max());
     c.fc_degree = H5F_CLOSE_STRONG;
     c.fapl_size = sizeof(DriverInfo);
@@ -142,17 +148,17 @@ const H5FD_class_t& driver_class() {
 hid_t driver_id() {
   static hid_t id = H5I_INVALID_HID;
   if (id < 0 || H5Iget_type(id) != H5I_VFL) id = H5FDregister(&driver_class());
-  return ANNULUS_CHECK_HDF5(id, ExitCode::internal, "output: HDF5 refused the layout driver");
+  return ANNULUS_CHECK_HDF5(id, ExitCode::internal, "output: HDF5 refused the driver");
 }
 
 }  // namespace
 
-Hdf5Handle layout_properties(LayoutTarget& target) {
+Hdf5Handle driver_properties(DriverTarget& target) {
   const DriverInfo info{&target};
   Hdf5Handle properties =
       own(ANNULUS_CHECK_HDF5(H5Pcreate(H5P_FILE_ACCESS), ExitCode::internal, "output"), H5Pclose);
   ANNULUS_CHECK_HDF5(H5Pset_driver(properties.get().value, driver_id(), &info), ExitCode::internal,
-                     "output: HDF5 refused the layout driver");
+                     "output: HDF5 refused the driver");
   return properties;
 }
 
