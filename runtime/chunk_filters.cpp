@@ -15,7 +15,6 @@
 namespace annulus {
 namespace {
 
-constexpr std::size_t kChecksumBytes = 4;
 // Sums run in lanes of 32 bits: a lane's second sum stays below 2^32 for 256 words.
 constexpr std::size_t kLanes = 16;
 constexpr std::size_t kLaneWords = 256;
@@ -72,18 +71,10 @@ void add_block(const std::byte* data, std::size_t lanes, std::size_t lane_words,
 }
 
 std::span<std::byte> without_checksum(std::vector<std::byte>& buffer) {
-  require(buffer.size() >= kChecksumBytes, ExitCode::bad_data, "chunk too short for a checksum");
-  const std::span<std::byte> data(buffer.data(), buffer.size() - kChecksumBytes);
-  std::array<std::uint8_t, kChecksumBytes> stored{};
-  std::memcpy(stored.data(), buffer.data() + data.size(), kChecksumBytes);
-  const std::uint32_t found = fletcher32(data);
-  const std::uint32_t wanted =
-      static_cast<std::uint32_t>(stored[0] | (stored[1] << 8) | (stored[2] << 16)) |
-      (static_cast<std::uint32_t>(stored[3]) << 24);
-  // HDF5 before 1.6.3 wrote each half with its bytes exchanged on little-endian machines.
-  const std::uint32_t exchanged = ((found & 0x00ff00ff) << 8) | ((found >> 8) & 0x00ff00ff);
-  require(wanted == found || wanted == exchanged, ExitCode::bad_data,
-          "checksum mismatch: Fletcher32 {:08x} stored, {:08x} found", wanted, found);
+  require(buffer.size() >= kFletcherBytes, ExitCode::bad_data, "chunk too short for a checksum");
+  const std::span<std::byte> data(buffer.data(), buffer.size() - kFletcherBytes);
+  require_fletcher32(fletcher32(data), std::span<const std::byte, kFletcherBytes>(
+                                           data.data() + data.size(), kFletcherBytes));
   return data;
 }
 
@@ -178,10 +169,10 @@ void require_decodable(std::span<const ChunkFilter> filters, const std::string& 
   }
 }
 
-std::uint32_t fletcher32(std::span<const std::byte> data) {
-  FletcherSums sums;
+void Fletcher32::add(std::span<const std::byte> data) {
   std::size_t words = data.size() / 2;
   const std::byte* next = data.data();
+  FletcherSums sums{first_, second_};
   while (words > 0) {
     const std::size_t lanes = words >= kLanes ? kLanes : 1;
     const std::size_t lane_words = std::min(words / lanes, kLaneWords);
@@ -194,14 +185,34 @@ std::uint32_t fletcher32(std::span<const std::byte> data) {
     sums.first = reduce(sums.first + std::to_integer<std::uint64_t>(*next));
     sums.second = reduce(sums.second + sums.first);
   }
-  return (swap_bytes(sums.second) << 16) | swap_bytes(sums.first);
+  first_ = sums.first;
+  second_ = sums.second;
+}
+
+std::uint32_t Fletcher32::value() const { return (swap_bytes(second_) << 16) | swap_bytes(first_); }
+
+std::uint32_t fletcher32(std::span<const std::byte> data) {
+  Fletcher32 sum;
+  sum.add(data);
+  return sum.value();
+}
+
+void require_fletcher32(std::uint32_t found, std::span<const std::byte, kFletcherBytes> stored) {
+  std::uint32_t wanted = 0;
+  for (std::size_t i = 0; i < kFletcherBytes; ++i) {
+    wanted |= std::to_integer<std::uint32_t>(stored[i]) << (8 * i);
+  }
+  // HDF5 before 1.6.3 wrote each half with its bytes exchanged on little-endian machines.
+  const std::uint32_t exchanged = ((found & 0x00ff00ff) << 8) | ((found >> 8) & 0x00ff00ff);
+  require(wanted == found || wanted == exchanged, ExitCode::bad_data,
+          "checksum mismatch: Fletcher32 {:08x} stored, {:08x} found", wanted, found);
 }
 
 void decode_chunk(std::span<const ChunkFilter> filters, std::uint32_t skipped,
                   std::int64_t chunk_bytes, std::vector<std::byte>& buffer,
                   std::vector<std::byte>& scratch) {
   const std::size_t most_bytes =
-      static_cast<std::size_t>(chunk_bytes) + kChecksumBytes * filters.size();
+      static_cast<std::size_t>(chunk_bytes) + kFletcherBytes * filters.size();
   for (std::size_t i = filters.size(); i-- > 0;) {
     if ((skipped >> i) & 1U) continue;
     switch (filters[i].id) {

@@ -36,8 +36,25 @@ std::string filter_name(int id);
 /// its library.
 void require_decodable(std::span<const ChunkFilter> filters, const std::string& what);
 
-/// Fletcher's checksum as HDF5 defines it: sums of big-endian 16-bit words modulo 65535.
+/// Fletcher's checksum as HDF5 defines it: sums of big-endian 16-bit words modulo 65535. Pieces of
+/// data may be added one after the other, while each is still in the cache.
+class Fletcher32 {
+ public:
+  /// An odd number of bytes only in the last call.
+  void add(std::span<const std::byte> data);
+  std::uint32_t value() const;
+
+ private:
+  std::uint64_t first_ = 0;
+  std::uint64_t second_ = 0;
+};
+
 std::uint32_t fletcher32(std::span<const std::byte> data);
+
+inline constexpr std::size_t kFletcherBytes = 4;
+
+/// Throws bad_data unless `stored`, which follows the data in a chunk, is the checksum found.
+void require_fletcher32(std::uint32_t found, std::span<const std::byte, kFletcherBytes> stored);
 
 /// Undoes the pipeline of one stored chunk, in `buffer`, using `scratch`; bit i of `skipped` says
 /// that filter i was not applied. Throws bad_data with the reason unless the result has exactly

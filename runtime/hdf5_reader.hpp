@@ -41,6 +41,9 @@ class ChunkDecoder {
 
   /// In row-major order.
   std::vector<Wanted> wanted() const;
+  /// Where the whole chunk lies in the destination as it lies in the file, but for a checksum
+  /// behind it; null where it does not.
+  std::byte* as_stored(const Wanted& chunk) const;
   /// Room for the stored bytes of `chunk`.
   std::span<std::byte> room(const StoredChunk& chunk);
   /// Decodes what room() was filled with, or takes the fill value, and puts it in place.
