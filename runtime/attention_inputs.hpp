@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
+#include <span>
 
 #include "kernels/mask.hpp"
 #include "kernels/types.hpp"
@@ -10,6 +12,25 @@
 #include "sharding/tensor_layout.hpp"
 
 namespace annulus {
+
+class KeyValueCache;
+
+/// What decode operations take besides: a cache, and whose tokens the query rows are.
+struct CacheInputs {
+  /// Keys and values so far; null for autoregressive_decodeattn over key and value themselves.
+  std::shared_ptr<KeyValueCache> cache = nullptr;
+  /// Of thd queries, the rows [query_begin[s], query_begin[s+1]) are the last tokens of sequence s
+  /// (EasyDeL's query_start_loc); sequences beyond its end have none. Absent in bthd, where every
+  /// batch row is a sequence.
+  std::span<const std::int64_t> query_begin = {};
+  /// Without a cache: the tokens [starts[b], indexes[b]) of each batch row count; absent: all.
+  std::span<const std::int64_t> starts = {};
+  std::span<const std::int64_t> indexes = {};
+  /// Of multi-head latent attention: [.., q_heads, rope] and [.., 1, rope]; query and key are the
+  /// latent parts.
+  const DistributedTensor* query_rope = nullptr;
+  const DistributedTensor* key_rope = nullptr;
+};
 
 /// The tensors of one attention, in any layout over the mesh; dimensions in bthd. The optional ones
 /// are null when absent.
@@ -20,6 +41,7 @@ struct AttentionInputs {
   const DistributedTensor* bias = nullptr;   // [batch|1, q_heads|kv_heads|1, seq_q, seq_kv]
   const DistributedTensor* mask = nullptr;   // u8, the same shapes; 1 keeps
   const DistributedTensor* sinks = nullptr;  // [q_heads] or [1, q_heads]
+  CacheInputs decode = {};
 };
 
 /// How the rows of the sequence are dealt to the ranks of a sequence group.

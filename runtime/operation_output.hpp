@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 #include "runtime/context.hpp"
@@ -21,10 +22,14 @@ struct OperationReport {
   double pairs = 0.0;
 };
 
-/// Keys and values as an operation with a cache leaves them for the next call.
+class KeyValueCache;
+
+/// Keys and values as an operation with a cache leaves them for the next call: as tensors, or in
+/// the pages that the call was given.
 struct CacheView {
   DistributedTensor key;    // [batch, seq_kv, kv_heads, head_dim]
   DistributedTensor value;  // [batch, seq_kv, kv_heads, value_dim]
+  std::shared_ptr<KeyValueCache> pages = nullptr;
 };
 
 /// The whole tensors, as gather() assembles them.

@@ -4,6 +4,7 @@
 
 #include "runtime/auto_attention.hpp"
 #include "runtime/blocksparse_attention.hpp"
+#include "runtime/decode_operations.hpp"
 #include "runtime/flash_attention.hpp"
 #include "runtime/hybrid_attention.hpp"
 #include "runtime/ring_attention.hpp"
@@ -14,8 +15,19 @@ namespace annulus {
 
 std::span<const OperationEntry> operations() {
   static const std::array kOperations = {
-      vanilla_attention(), flash_attention(),       ring_attention(), ulysses_attention(),
-      hybrid_attention(),  blocksparse_attention(), auto_attention(),
+      vanilla_attention(),
+      flash_attention(),
+      ring_attention(),
+      ulysses_attention(),
+      hybrid_attention(),
+      blocksparse_attention(),
+      auto_attention(),
+      autoregressive_decode(),
+      ragged_page_attention_v2(),
+      ragged_page_attention_v3(),
+      unified_attention(),
+      paged_flash_attention(),
+      multi_latent_ragged_page_attention(),
   };
   return kOperations;
 }
