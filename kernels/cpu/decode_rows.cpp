@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
+#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -13,6 +15,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
+#include "kernels/cpu/decode_amx-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -32,7 +35,7 @@ constexpr std::int64_t kScoreStride = kDecodeTile;
 struct HeadRows {
   RowBlock block;
   TileRows rows;
-  float* q = nullptr;  // [rows, head_dim], scaled
+  float* q = nullptr;  // [rows, head_dim], scaled; on the tile unit its right operands, not scaled
   float* o = nullptr;  // [rows, value_dim]
   float max[kMostDecodeRows];
   float sum[kMostDecodeRows];
@@ -46,11 +49,19 @@ class DecodeRows {
         batch_(batch),
         keys_(keys),
         k_stride_(round_up(problem.head_dim(), kLanesOrEight)),
-        v_stride_(round_up(problem.value_dim(), kLanesOrEight)) {
+        v_stride_(round_up(problem.value_dim(), kLanesOrEight)),
+        amx_(uses_amx(problem)) {
     k_ = scratch.take(kDecodeTile * k_stride_);
     std::fill_n(k_, kDecodeTile * k_stride_, 0.0F);
     v_ = scratch.take(kDecodeTile * v_stride_);
     std::fill_n(v_, kDecodeTile * v_stride_, 0.0F);
+#if ANNULUS_AMX
+    if (amx_) {
+      k_copy_ = reinterpret_cast<std::uint16_t*>(scratch.take(tile_floats(problem.head_dim())));
+      pairs_ = reinterpret_cast<std::uint32_t*>(scratch.take(tile_floats(problem.value_dim())));
+      products_ = scratch.take(tile_floats(kPairDepth));
+    }
+#endif
     p_ = scratch.take(kMostDecodeRows * kScoreStride);
     factor_ = scratch.take(kDecodeTile);
     for (std::int64_t kv_head = 0; kv_head < problem.kv_heads(); ++kv_head) {
@@ -61,12 +72,18 @@ class DecodeRows {
   static std::int64_t scratch_floats(const AttentionProblem& problem) {
     const std::int64_t k_stride = round_up(problem.head_dim(), kLanesOrEight);
     const std::int64_t v_stride = round_up(problem.value_dim(), kLanesOrEight);
-    return kDecodeTile * (k_stride + v_stride) + kMostDecodeRows * kScoreStride + 128 +
-           problem.kv_heads() * (Scratch::room_for(kMostDecodeRows * k_stride) +
+    return kDecodeTile * (k_stride + v_stride) + kMostDecodeRows * kScoreStride + 192 +
+           tile_floats(problem.head_dim()) + tile_floats(problem.value_dim()) +
+           tile_floats(kPairDepth) +
+           problem.kv_heads() * (Scratch::room_for(query_floats(problem)) +
                                  Scratch::room_for(kMostDecodeRows * v_stride));
   }
 
   void compute(const AttentionState& partial) {
+#if ANNULUS_AMX
+    std::optional<AmxTiles> configured;
+    if (amx_) configured.emplace();
+#endif
     for (std::int64_t key = keys_.begin; key < keys_.end; key += kDecodeTile) {
       const Span tile = intersect(keys_, {key, key + kDecodeTile});
       prefetch_tile(intersect(keys_, {tile.end, tile.end + kDecodeTile}));
@@ -82,39 +99,77 @@ class DecodeRows {
 
  private:
   static constexpr std::int64_t kLanesOrEight = kLanes > 8 ? kLanes : 8;
+  static constexpr std::int64_t kPairDepth = 32;  // columns of the tile unit's operands
+
+  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
+#if ANNULUS_AMX
+    return problem.q.dtype == DType::bf16 && cpu::has_amx();
+#else
+    return false;
+#endif
+  }
+
+  // A tile of bf16 keys or values.
+  static std::int64_t tile_floats(std::int64_t dim) {
+    return Scratch::room_for(kDecodeTile * round_up(dim, kPairDepth) / 2);
+  }
+
+  static std::int64_t query_floats(const AttentionProblem& problem) {
+    return kMostDecodeRows * round_up(problem.head_dim(), std::max(kLanesOrEight, kPairDepth));
+  }
 
   void start_head(std::int64_t kv_head, Scratch& scratch) {
     HeadRows head;
     head.block = {batch_, kv_head, heads_of_kv_head(problem_, kv_head), {0, problem_.seq_q()}, {}};
     if (head.block.rows() == 0) return;
     head.rows = rows_of_tile(head.block, 0, std::min(kMostDecodeRows, kMaxLanes));
-    head.q = scratch.take(kMostDecodeRows * k_stride_);
+    head.q = scratch.take(query_floats(problem_));
     head.o = scratch.take(kMostDecodeRows * v_stride_);
-    std::fill_n(head.q, kMostDecodeRows * k_stride_, 0.0F);
+    std::fill_n(head.q, query_floats(problem_), 0.0F);
     std::fill_n(head.o, kMostDecodeRows * v_stride_, 0.0F);
     for (std::int64_t r = 0; r < kMostDecodeRows; ++r) {
       head.max[r] = kMinusInfinity;
       head.sum[r] = 0.0F;
       const auto i = static_cast<std::size_t>(r);
-      float* q = head.q + r * k_stride_;
-      load_row(problem_.q.data, problem_.q.dtype,
-               row_offset(problem_.q, batch_, head.rows.query[i], head.rows.head[i]),
-               problem_.head_dim(), q);
-      for (std::int64_t d = 0; d < problem_.head_dim(); ++d) q[d] *= problem_.scale;
+      load_query(head, r, row_offset(problem_.q, batch_, head.rows.query[i], head.rows.head[i]));
     }
     heads_.push_back(head);
   }
 
+  void load_query(const HeadRows& head, std::int64_t r, std::int64_t at) const {
+#if ANNULUS_AMX
+    if (amx_) {
+      return pack_query_column(static_cast<const std::uint16_t*>(problem_.q.data) + at,
+                               problem_.head_dim(), r, reinterpret_cast<std::uint32_t*>(head.q));
+    }
+#endif
+    float* q = head.q + r * k_stride_;
+    load_row(problem_.q.data, problem_.q.dtype, at, problem_.head_dim(), q);
+    for (std::int64_t d = 0; d < problem_.head_dim(); ++d) q[d] *= problem_.scale;
+  }
+
   void add_run(HeadRows& head, const KeyRun& run) {
+#if ANNULUS_AMX
+    if (amx_) return add_run_on_tiles(head, run);
+#endif
     load_tile(problem_.k, head, run, k_stride_, k_);
     for (std::int64_t r = 0; r < head.rows.count; r += 4) score(head, run.keys.size(), r);
     float rescale[kMostDecodeRows] = {};
+    weigh(head, run, rescale);
+    add_rows_of_values(head, run, rescale);
+  }
+
+  // Scores in p_ become weights.
+  void weigh(HeadRows& head, const KeyRun& run, float* rescale) {
     for (std::int64_t r = 0; r < head.rows.count; ++r) {
       float* s = p_ + r * kScoreStride;
       finish_logits(head, run, r, s);
       rescale[r] = softmax(run.keys.size(), s, head.max[r], head.sum[r]);
       if (problem_.dropout.probability > 0.0F) drop(head, run, r, s);
     }
+  }
+
+  void add_rows_of_values(HeadRows& head, const KeyRun& run, const float* rescale) {
     load_tile(problem_.v, head, run, v_stride_, v_);
     const bool finite = run.full || all_finite(v_, run.keys.size() * v_stride_);
     for (std::int64_t r = 0; r < head.rows.count; r += 4) {
@@ -126,6 +181,55 @@ class DecodeRows {
       }
     }
   }
+
+#if ANNULUS_AMX
+  HalfRows half_rows(const ConstTensorView& view, const HeadRows& head, const KeyRun& run) const {
+    const std::int64_t at = row_offset(view, batch_, run.keys.begin, head.block.kv_head);
+    return {static_cast<const std::uint16_t*>(view.data) + at, view.strides[1], run.keys.size(),
+            view.shape[3]};
+  }
+
+  void add_run_on_tiles(HeadRows& head, const KeyRun& run) {
+    const std::int64_t keys = run.keys.size();
+    float rescale[kMostDecodeRows] = {};
+    score_on_tiles(head, run);
+    weigh(head, run, rescale);
+    if (!pack_value_pairs(half_rows(problem_.v, head, run), pairs_, prefetch_)) {
+      // The two parts of a weight would turn an infinite value into a NaN.
+      return add_rows_of_values(head, run, rescale);
+    }
+    for (std::int64_t r = 0; r < head.rows.count; ++r) {
+      prefetch_.lines<kLinesOfRow>();
+      float* p = p_ + r * kScoreStride;
+      std::fill(p + keys, p + kTileKeys, 0.0F);
+      pack_weights(p, r, weights_);
+    }
+    amx_add_values(weights_, pairs_, keys, problem_.value_dim(), rescale, head.rows.count,
+                   v_stride_, head.o, prefetch_);
+  }
+
+  // p_ ← scaled products.
+  void score_on_tiles(const HeadRows& head, const KeyRun& run) {
+    const std::int64_t keys = run.keys.size();
+    const std::int64_t depth = amx_depth(problem_.head_dim());
+    HalfRows k = half_rows(problem_.k, head, run);
+    if (keys < kTileKeys || k.dim < depth) {
+      copy_half_rows(k, k_copy_);
+      k = {k_copy_, depth, keys, depth};
+    }
+    amx_scores(k.data, k.stride, depth, reinterpret_cast<const std::uint32_t*>(head.q), products_,
+               prefetch_);
+    const Floats d;
+    const FloatVec scale = hn::Set(d, problem_.scale);
+    transpose(products_, kAmxColumns, round_up(keys, 4), round_up(head.rows.count, 4), p_,
+              kScoreStride);
+    for (std::int64_t r = 0; r < head.rows.count; ++r) {
+      for (float* s = p_ + r * kScoreStride; s < p_ + r * kScoreStride + keys; s += kLanes) {
+        hn::Store(hn::Mul(hn::Load(d, s), scale), d, s);
+      }
+    }
+  }
+#endif
 
   // Asks for the next tile in the order of memory. Its lines are fetched while this tile is
   // computed on, so that memory and arithmetic overlap: the conversion to f32 finds them in L2.
@@ -320,6 +424,13 @@ class DecodeRows {
   float* v_ = nullptr;       // [keys, value_dim], zeros up to a vector
   float* p_ = nullptr;       // [rows, keys]
   float* factor_ = nullptr;  // [keys]
+  bool amx_;
+#if ANNULUS_AMX
+  std::uint16_t* k_copy_ = nullptr;  // [keys, head_dim], where K cannot be read in place
+  std::uint32_t* pairs_ = nullptr;   // [keys / 2, value_dim]
+  float* products_ = nullptr;        // [keys, columns of a tile]
+  WeightTiles weights_{};
+#endif
   std::vector<HeadRows> heads_;
   KeyRuns runs_;
   RowPrefetch prefetch_{kLinesOfStep};

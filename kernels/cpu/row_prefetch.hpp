@@ -26,11 +26,26 @@ class RowPrefetch {
            std::int64_t elements, std::int64_t count) {
     if (size_ == queue_.size() || count <= 0) return;
     const std::int64_t bytes = size_bytes(view.dtype);
+    if (stride == elements) {  // one long row
+      elements *= count;
+      count = 1;
+    }
     if (order == Order::first) first_ = (first_ + queue_.size() - 1) % queue_.size();
     const std::size_t place = order == Order::first ? first_ : (first_ + size_) % queue_.size();
     queue_[place] = {static_cast<const char*>(view.data) + at * bytes, stride * bytes,
                      elements * bytes, count, 0};
     ++size_;
+  }
+
+  /// The next `kLines` lines, or as many as are left of their row.
+  template <int kLines>
+  void lines() {
+    if (size_ == 0) return;
+    Rows& rows = queue_[first_];
+    const char* at = rows.data + rows.byte;
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(at + 64 * line, 0, 2);
+    rows.byte += 64 * kLines;
+    if (rows.byte >= rows.bytes) next_row(rows);
   }
 
   /// The next few lines.

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/targets.hpp"
 // clang-format off
 #include "hwy/targets.h"
@@ -18,13 +19,25 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// All that this processor runs, and the scalar fallback.
-std::vector<std::int64_t> dispatch_targets() {
+struct Target {
+  std::int64_t vectors = 0;
+  bool amx = false;
+
+  std::string name() const {
+    return std::string(hwy::TargetName(vectors)) + (amx ? " and AMX" : "");
+  }
+};
+
+// All that this processor runs, and the scalar fallback; the tile unit adds to AVX-512.
+std::vector<Target> dispatch_targets() {
   hwy::SetSupportedTargetsForTest(0);
-  std::vector<std::int64_t> targets{HWY_STATIC_TARGET};
+  std::vector<Target> targets{{HWY_STATIC_TARGET}};
   for (std::int64_t left = hwy::SupportedTargets() & HWY_TARGETS & ~HWY_STATIC_TARGET; left != 0;
        left &= left - 1) {
-    targets.push_back(left & -left);
+    targets.push_back({left & -left});
+    if (targets.back().vectors == HWY_AVX3 && kernels::cpu::has_amx()) {
+      targets.push_back({HWY_AVX3, true});
+    }
   }
   return targets;
 }
@@ -32,13 +45,15 @@ std::vector<std::int64_t> dispatch_targets() {
 // Runs the kernels on one dispatch target while it lives.
 class OnTarget {
  public:
-  explicit OnTarget(std::int64_t target) {
-    hwy::SetSupportedTargetsForTest(target);
-    hwy::GetChosenTarget().Update(target);
+  explicit OnTarget(const Target& target) {
+    hwy::SetSupportedTargetsForTest(target.vectors);
+    hwy::GetChosenTarget().Update(target.vectors);
+    kernels::cpu::allow_amx(target.amx);
   }
   ~OnTarget() {
     hwy::SetSupportedTargetsForTest(0);
     hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+    kernels::cpu::allow_amx(true);
   }
   OnTarget(const OnTarget&) = delete;
   OnTarget& operator=(const OnTarget&) = delete;
@@ -240,8 +255,8 @@ TEST_P(CpuAttentionFuzz, EveryTargetMeetsTheAcceptanceRule) {
   for (std::uint64_t i = 0; i < kProblemsOfShard; ++i) {
     const RandomAttention random(test_seed() + GetParam() * kProblemsOfShard + i);
     const Expected expected = expect(random);
-    for (const std::int64_t target : dispatch_targets()) {
-      SCOPED_TRACE(std::string(hwy::TargetName(target)) + ", " + random.description);
+    for (const Target& target : dispatch_targets()) {
+      SCOPED_TRACE(target.name() + ", " + random.description);
       const OnTarget on_target(target);
       check_forward(random, expected, false);
       check_forward(random, expected, true);
