@@ -19,6 +19,7 @@ namespace {
 
 using kernels::cpu::bf16_dot_rounds;
 using kernels::cpu::multiply_add_rounds;
+using kernels::cpu::tile_product_rounds;
 
 double seconds_of(const std::function<void()>& work) {
   const auto start = std::chrono::steady_clock::now();
@@ -185,10 +186,25 @@ Measured measure(int repeats, const std::function<void()>& work,
   return {median(seconds), median(ceilings), median(peers)};
 }
 
+// The loop in registers that is the ceiling of a dtype, and its name.
+struct Ceiling {
+  std::string name;
+  double (*rounds)(std::int64_t) = multiply_add_rounds;
+};
+
+Ceiling ceiling_of(DType dtype) {
+  const std::string vectors = kernels::cpu::vector_target();
+  if (dtype != DType::bf16) return {vectors};
+  if (tile_product_rounds(1) > 0.0) return {vectors + " AMX", tile_product_rounds};
+  if (bf16_dot_rounds(1) > 0.0) return {vectors + " bf16", bf16_dot_rounds};
+  return {vectors};
+}
+
 BenchRow row_of(const AttentionCase& attention, const std::string& direction,
                 const std::string& mask) {
   BenchRow row;
-  row.name = fmt::format("cpu {} x{}", kernels::cpu::vector_target(), kernels::cpu::threads());
+  row.name =
+      fmt::format("cpu {} x{}", ceiling_of(attention.q.view().dtype).name, kernels::cpu::threads());
   row.direction = direction;
   row.dtype = name(attention.q.view().dtype);
   row.mask = mask;
@@ -205,13 +221,12 @@ BenchRow bench_attention(const CpuBenchOptions& options, const AttentionCase& at
                          const std::string& direction, const std::string& mask,
                          const Sgemm& sgemm) {
   const bool backward = direction == "backward";
-  const bool dots = attention.q.view().dtype == DType::bf16 && bf16_dot_rounds(1) > 0.0;
+  const Ceiling ceiling = ceiling_of(attention.q.view().dtype);
   const std::function<void()> work =
       backward ? backward_of(attention) : [&attention] { attention.forward(); };
   const Measured measured = measure(
-      options.repeats, work,
-      [&] { return rate_of_loop(dots ? bf16_dot_rounds : multiply_add_rounds); },
-      [&] { return dots ? 0.0 : sgemm.rate(); });
+      options.repeats, work, [&] { return rate_of_loop(ceiling.rounds); },
+      [&] { return ceiling.rounds == multiply_add_rounds ? sgemm.rate() : 0.0; });
   BenchRow row = row_of(attention, direction, mask);
   row.seconds = measured.seconds;
   row.rate = attention.flops() * (backward ? 2.5 : 1.0) / measured.seconds * 1e-9;

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
+#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -13,6 +15,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
+#include "kernels/cpu/amx_products-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -42,10 +45,14 @@ class ForwardRows {
         problem_(call.problem),
         block_(block),
         k_stride_(tile_stride(problem_.head_dim())),
-        v_stride_(tile_stride(problem_.value_dim())) {
+        v_stride_(tile_stride(problem_.value_dim())),
+        amx_(uses_amx(problem_)) {
     const std::int64_t chunk = packed_keys(block.rows);
-    k_ = scratch.take(chunk * problem_.head_dim());
-    v_ = scratch.take(chunk * problem_.value_dim());
+    k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
+    v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
+#if ANNULUS_AMX
+    if (amx_) take_amx(scratch);
+#endif
     p_ = scratch.take(kKeyTile * kTileLanes);
     rescale_ = scratch.take(kTileLanes);
     row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
@@ -62,15 +69,19 @@ class ForwardRows {
     const std::int64_t v_stride = tile_stride(problem.value_dim());
     const std::int64_t tiles = (block.rows() + kTileLanes - 1) / kTileLanes;
     const std::int64_t per_tile = Scratch::room_for(kTileLanes) * 3 +
-                                  Scratch::room_for(problem.head_dim() * kTileLanes) +
+                                  Scratch::room_for(packed_dim(problem.head_dim()) * kTileLanes) +
                                   Scratch::room_for(problem.value_dim() * kTileLanes);
-    return packed_keys(block) * (problem.head_dim() + problem.value_dim()) +
-           4 * kKeyTile * kTileLanes + kPairRowsFloats +
-           std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) + tiles * per_tile +
-           512;
+    return packed_keys(block) * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim())) +
+           (uses_amx(problem) ? amx_floats(problem) : 0) + 4 * kKeyTile * kTileLanes +
+           kPairRowsFloats + std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) +
+           tiles * per_tile + 512;
   }
 
   void compute() {
+#if ANNULUS_AMX
+    std::optional<AmxTiles> configured;
+    if (amx_) configured.emplace();
+#endif
     for (const Slice& slice : problem_.mask.of_batch(block_.rows.batch)) {
       const Slice part = clip(slice, block_.rows.queries, block_.rows.keys);
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
@@ -84,6 +95,24 @@ class ForwardRows {
   }
 
  private:
+  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
+#if ANNULUS_AMX
+    return problem.q.dtype == DType::bf16 && cpu::has_amx();
+#else
+    return false;
+#endif
+  }
+
+  // Extra scratch: weights in pairs, products of values, rows on their way, V in f32.
+  static std::int64_t amx_floats(const AttentionProblem& problem) {
+    const std::int64_t depth = round_up(std::max(problem.head_dim(), problem.value_dim()), 32);
+    return kKeyTile / 2 * kTileLanes + 2 * kAmxRows * kTileLanes + kAmxDepth * depth / 2 +
+           kAmxRows * depth + kKeyTile * problem.value_dim() + 5 * 32;
+  }
+
+  // Columns of a packed row in floats: also enough for bf16 up to a multiple of 32.
+  static std::int64_t packed_dim(std::int64_t dim) { return std::max<std::int64_t>(dim, 16); }
+
   static std::int64_t packed_keys(const RowBlock& block) {
     return std::min(kChunkKeys, round_up(block.keys.size(), kKeyTile));
   }
@@ -95,7 +124,7 @@ class ForwardRows {
     QueryTile tile;
     tile.rows = rows_of_tile(block_.rows, first_row, share ? 2 * kLanes : kTileLanes);
     tile.vectors = (tile.rows.count + kLanes - 1) / kLanes;
-    tile.q = scratch.take(problem_.head_dim() * kTileLanes);
+    tile.q = scratch.take(packed_dim(problem_.head_dim()) * kTileLanes);
     tile.o = scratch.take(problem_.value_dim() * kTileLanes);
     tile.state = {scratch.take(kTileLanes), scratch.take(kTileLanes)};
     return tile;
@@ -107,6 +136,9 @@ class ForwardRows {
       prefetch_row(problem_.q, row_offset(problem_.q, block_.rows.batch, tile.rows.query[i],
                                           tile.rows.head[i]));
     }
+#if ANNULUS_AMX
+    if (amx_) return load_half_queries(tile);
+#endif
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
       float* row = row_ + lane * k_stride_;
@@ -158,6 +190,7 @@ class ForwardRows {
 
   void add_chunk(Span chunk) {
     packed_.assign(static_cast<std::size_t>((chunk.size() + kKeyTile - 1) / kKeyTile), false);
+    finite_ = packed_;
     for (std::size_t first = 0; first < tiles_.size(); first += kTilesTogether) {
       const auto tiles = std::span(tiles_).subspan(first);
       const auto together = tiles.first(std::min(kTilesTogether, tiles.size()));
@@ -195,12 +228,18 @@ class ForwardRows {
 
   void add_keys(std::span<QueryTile> tiles, std::size_t index, Span keys) {
     const std::int64_t offset = static_cast<std::int64_t>(index) * kKeyTile;
-    const float* k = k_ + offset * problem_.head_dim();
-    const float* v = v_ + offset * problem_.value_dim();
+    const float* k = k_ + offset * packed_dim(problem_.head_dim());
+    const float* v = v_ + offset * packed_dim(problem_.value_dim());
     for (QueryTile& tile : tiles) {
       for (const KeyRun& run : runs_.find(slices_, tile.rows.queries, keys)) {
-        if (!packed_[index]) pack_keys(keys, offset);
+        if (!packed_[index]) pack_keys(keys, index);
         packed_[index] = true;
+#if ANNULUS_AMX
+        if (amx_) {
+          add_run_on_tiles(tile, run, run.keys.begin - keys.begin, index);
+          continue;
+        }
+#endif
         add_run(tile, run, run.keys.begin - keys.begin, k, v);
       }
     }
@@ -209,13 +248,17 @@ class ForwardRows {
   // K of a tile in panels of keys, [keys / 8, head_dim, 8]; V in panels of its columns,
   // [value_dim / 8, keys, 8]. Keys beyond the last are zeros: their products are computed and never
   // read.
-  void pack_keys(Span keys, std::int64_t offset) {
+  void pack_keys(Span keys, std::size_t index) {
+    const std::int64_t offset = static_cast<std::int64_t>(index) * kKeyTile;
     for (const ConstTensorView* view : {&problem_.k, &problem_.v}) {
       const Span next = intersect(block_.rows.keys, {keys.end, keys.end + kKeyTile});
       prefetch_.add(RowPrefetch::Order::first, *view,
                     row_offset(*view, block_.rows.batch, next.begin, block_.rows.kv_head),
                     view->strides[1], view->shape[3], next.size());
     }
+#if ANNULUS_AMX
+    if (amx_) return pack_half_keys(keys, index);
+#endif
     const std::int64_t head_dim = problem_.head_dim();
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
       const std::int64_t i = key - keys.begin;
@@ -223,13 +266,14 @@ class ForwardRows {
       if (i % 8 == 7 || key + 1 == keys.end) {
         const std::int64_t empty = 7 - i % 8;
         std::fill_n(row_ + (8 - empty) * k_stride_, empty * k_stride_, 0.0F);
-        transpose(row_, k_stride_, 8, head_dim, k_ + (offset + i / 8 * 8) * head_dim, 8);
+        transpose(row_, k_stride_, 8, head_dim,
+                  k_ + offset * packed_dim(head_dim) + i / 8 * 8 * head_dim, 8);
       }
     }
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
       load_key_row(problem_.v, keys, key, row_);
       store_in_panels(row_, problem_.value_dim(), kKeyTile, key - keys.begin,
-                      v_ + offset * problem_.value_dim());
+                      v_ + offset * packed_dim(problem_.value_dim()));
     }
   }
 
@@ -265,6 +309,130 @@ class ForwardRows {
                                           {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
                                           kTileLanes, rescale_, &prefetch_);
   }
+
+#if ANNULUS_AMX
+  static constexpr std::int64_t kKeySteps = kKeyTile / kAmxDepth;
+
+  void take_amx(Scratch& scratch) {
+    const std::int64_t depth = round_up(std::max(problem_.head_dim(), problem_.value_dim()), 32);
+    pairs_ = reinterpret_cast<std::uint32_t*>(scratch.take(kKeyTile / 2 * kTileLanes));
+    products_ = scratch.take(2 * kAmxRows * kTileLanes);
+    half_rows_ = reinterpret_cast<std::uint16_t*>(scratch.take(kAmxDepth * depth / 2));
+    pair_rows_ = scratch.take(kAmxRows * depth);
+    values_ = scratch.take(kKeyTile * problem_.value_dim());
+  }
+
+  // Q as right operands: pairs of its columns, [head_dim / 2, lanes].
+  void load_half_queries(QueryTile& tile) {
+    const std::int64_t depth = round_up(problem_.head_dim(), kAmxDepth);
+    const std::uint16_t sign = problem_.scale < 0.0F ? 0x8000 : 0;
+    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      auto* row = reinterpret_cast<std::uint16_t*>(row_ + lane * k_stride_);
+      copy_half_row(
+          static_cast<const std::uint16_t*>(problem_.q.data) +
+              row_offset(problem_.q, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]),
+          problem_.head_dim(), row);
+      for (std::int64_t d = 0; d < depth; ++d) row[d] = static_cast<std::uint16_t>(row[d] ^ sign);
+    }
+    transpose(row_, k_stride_, kTileLanes, depth / 2, tile.q, kTileLanes);
+  }
+
+  // K and Vᵀ of a tile as left operands; keys beyond the last are zeros.
+  void pack_half_keys(Span keys, std::size_t index) {
+    char* k = packed_halves(k_, problem_.head_dim(), index);
+    char* v = packed_halves(v_, problem_.value_dim(), index);
+    const std::int64_t depth = round_up(problem_.value_dim(), kAmxDepth);
+    __m512i largest = _mm512_setzero_si512();
+    for (std::int64_t first = 0; first < kKeyTile; first += kAmxDepth) {
+      for (std::int64_t i = first; i < first + kAmxDepth; ++i) {
+        load_half_key(problem_.k, keys, keys.begin + i, half_rows_);
+        store_left_row(half_rows_, problem_.head_dim(), i, k);
+      }
+      for (std::int64_t i = 0; i < kAmxDepth; ++i) {
+        load_half_key(problem_.v, keys, keys.begin + first + i, half_rows_ + i * depth);
+      }
+      largest = _mm512_max_epu16(
+          largest, store_left_columns(half_rows_, depth, problem_.value_dim(), kKeySteps,
+                                      pair_rows_, v + first / kAmxDepth * kAmxBytes));
+    }
+    finite_[index] = halves_finite(largest);
+  }
+
+  // K or V of a key tile; 128 keys of two bytes each take no more than packed_dim floats.
+  char* packed_halves(float* packed, std::int64_t dim, std::size_t index) const {
+    return reinterpret_cast<char*>(packed +
+                                   static_cast<std::int64_t>(index) * kKeyTile * packed_dim(dim));
+  }
+
+  void load_half_key(const ConstTensorView& view, Span keys, std::int64_t key, std::uint16_t* to) {
+    if (key >= keys.end) {
+      std::fill_n(to, round_up(view.shape[3], kAmxDepth), std::uint16_t{0});
+      return;
+    }
+    const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
+    if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
+    copy_half_row(static_cast<const std::uint16_t*>(view.data) + at, view.shape[3], to);
+  }
+
+  // As add_run, in steps of 32 keys of the tile; weights outside the run are 0.
+  void add_run_on_tiles(QueryTile& tile, const KeyRun& run, std::int64_t first_key,
+                        std::size_t index) {
+    const std::int64_t keys = run.keys.size();
+    const std::int64_t before = first_key % kAmxDepth;
+    const std::int64_t first_step = first_key / kAmxDepth;
+    const std::int64_t all = round_up(before + keys, kAmxDepth);
+    const std::int64_t depth_steps = round_up(problem_.head_dim(), kAmxDepth) / kAmxDepth;
+    const std::int64_t k_tile_bytes = depth_steps * kAmxBytes;
+    const char* k = packed_halves(k_, problem_.head_dim(), index) + first_step * 2 * k_tile_bytes;
+    for (std::int64_t key = 0; key < all; key += 2 * kAmxRows) {
+      amx_product(2, tile.vectors, depth_steps, {k + key / kAmxRows * k_tile_bytes, k_tile_bytes},
+                  tile.q, p_ + key * kTileLanes);
+      prefetch_.step();
+    }
+    float* p = p_ + before * kTileLanes;
+    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
+    softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
+    if (problem_.dropout.probability > 0.0F) {
+      load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
+                        buffers_.factor);
+      multiply_tile(keys, tile.vectors, buffers_.factor, p);
+    }
+    if ((!run.full || all != keys) && !finite_[index]) {
+      load_values(run.keys);
+      return add_kept_values(tile, keys, values_, p);
+    }
+    std::fill_n(p_, before * kTileLanes, 0.0F);
+    std::fill_n(p + keys * kTileLanes, (all - before - keys) * kTileLanes, 0.0F);
+    store_pairs(all, tile.vectors, p_, pairs_);
+    add_values_on_tiles(tile, all / kAmxDepth,
+                        packed_halves(v_, problem_.value_dim(), index) + first_step * kAmxBytes);
+  }
+
+  void add_values_on_tiles(QueryTile& tile, std::int64_t steps, const char* v) {
+    const Floats d;
+    const std::int64_t tile_bytes = kKeySteps * kAmxBytes;
+    for (std::int64_t row = 0; row < problem_.value_dim(); row += 2 * kAmxRows) {
+      const std::int64_t rows = std::min(problem_.value_dim() - row, 2 * kAmxRows);
+      amx_product((rows + kAmxRows - 1) / kAmxRows, tile.vectors, steps,
+                  {v + row / kAmxRows * tile_bytes, tile_bytes}, pairs_, products_);
+      float* o = tile.o + row * kTileLanes;
+      for_each_vector(rows, tile.vectors, o, [&](std::int64_t, std::int64_t n, float* at) HWY_ATTR {
+        const FloatVec sum = hn::Load(d, products_ + (at - o));
+        hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale_ + n * kLanes), sum), d, at);
+      });
+      prefetch_.step();
+    }
+  }
+
+  // V of some keys in f32, in panels of its columns from the first of them on.
+  void load_values(Span keys) {
+    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
+      load_key_row(problem_.v, keys, key, row_);
+      store_in_panels(row_, problem_.value_dim(), kKeyTile, key - keys.begin, values_);
+    }
+  }
+#endif
 
   bool values_are_finite(std::int64_t keys, const float* v) const {
     for (std::int64_t column = 0; column < problem_.value_dim(); column += 8) {
@@ -354,9 +522,18 @@ class ForwardRows {
   float* p_ = nullptr;        // [keys, lanes]
   float* rescale_ = nullptr;  // [lanes]
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
+  bool amx_;
+#if ANNULUS_AMX
+  std::uint32_t* pairs_ = nullptr;      // [keys / 2, lanes]
+  float* products_ = nullptr;           // [32, lanes]
+  std::uint16_t* half_rows_ = nullptr;  // [32, dim]
+  float* pair_rows_ = nullptr;          // [16, dim]
+  float* values_ = nullptr;             // [value_dim / 8, keys, 8]
+#endif
   PairBuffers buffers_;
   RowPrefetch prefetch_;
   std::vector<bool> packed_;  // by key tile of the chunk
+  std::vector<bool> finite_;  // whether V of it is, where it was looked at
   std::vector<QueryTile> tiles_;
   std::vector<Slice> slices_;
   KeyRuns runs_;

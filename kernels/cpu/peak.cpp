@@ -2,6 +2,8 @@
 
 #include <omp.h>
 
+#include "kernels/cpu/amx.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -13,6 +15,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
+#include "kernels/cpu/amx_tile-inl.hpp"
 #include "kernels/cpu/gemm_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -51,6 +54,27 @@ float read_all(const float* HWY_RESTRICT data, std::int64_t floats) {
     }
   }
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]))));
+}
+
+// Six accumulators cover the latency of a product; 0 where there is no tile unit.
+double tile_products([[maybe_unused]] std::int64_t rounds) {
+#if ANNULUS_AMX
+  if (!cpu::has_amx()) return 0.0;
+  const AmxTiles configured;
+  amx_zero<0>(), amx_zero<1>(), amx_zero<2>(), amx_zero<3>(), amx_zero<4>(), amx_zero<5>();
+  amx_zero<6>(), amx_zero<7>();
+  for (std::int64_t round = 0; round < rounds; ++round) {
+    amx_multiply<0, 6, 7>();
+    amx_multiply<1, 6, 7>();
+    amx_multiply<2, 6, 7>();
+    amx_multiply<3, 6, 7>();
+    amx_multiply<4, 6, 7>();
+    amx_multiply<5, 6, 7>();
+  }
+  return 2.0 * static_cast<double>(rounds * 6 * kAmxRows * kAmxColumns * kAmxDepth);
+#else
+  return 0.0;
+#endif
 }
 
 const char* target_name() { return hwy::TargetName(HWY_TARGET); }
@@ -97,6 +121,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_dots(std::int64_t roun
 }  // namespace
 
 HWY_EXPORT(multiply_adds);
+HWY_EXPORT(tile_products);
 HWY_EXPORT(read_all);
 HWY_EXPORT(target_name);
 
@@ -120,6 +145,13 @@ double bf16_dot_rounds(std::int64_t rounds) {
 #endif
   (void)rounds;
   return 0.0;
+}
+
+double tile_product_rounds(std::int64_t rounds) {
+  double operations = 0.0;
+#pragma omp parallel reduction(+ : operations)
+  operations += HWY_DYNAMIC_DISPATCH(tile_products)(rounds);
+  return operations;
 }
 
 float read_floats(const float* data, std::int64_t floats) {

@@ -14,6 +14,9 @@ double multiply_add_rounds(std::int64_t rounds);
 /// The same for the dot product of bf16 pairs into f32; 0 where the processor has none.
 double bf16_dot_rounds(std::int64_t rounds);
 
+/// The same for bf16 products of the tile unit (AMX); 0 where the kernels have none.
+double tile_product_rounds(std::int64_t rounds);
+
 /// Reads `floats` floats once (a multiple of 64) and returns a sum of them.
 float read_floats(const float* data, std::int64_t floats);
 
