@@ -33,14 +33,19 @@ HWY_INLINE void add_scaled(const float* HWY_RESTRICT from, float factor, std::in
 
 // s ← exp(s·scale − lse), 0 where s is −inf. The difference is taken before the change to base 2:
 // rounding lse·log2(e) would double the error that P has from an f32 log-sum-exp.
+template <bool kMasked>
 void recompute_probabilities(std::int64_t keys, std::int64_t vectors, float scale, const float* lse,
                              float* s) {
   const Floats d;
   const FloatVec factor = hn::Set(d, scale);
   const FloatVec to_base2 = hn::Set(d, kLog2E);
   for_each_vector(keys, vectors, s, [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
-    const FloatVec x = hn::MulSub(hn::Load(d, at), factor, hn::Load(d, lse + v * kLanes));
-    hn::Store(exp2(d, hn::Mul(x, to_base2)), d, at);
+    const FloatVec logit = hn::Load(d, at);
+    const FloatVec x = hn::MulSub(logit, factor, hn::Load(d, lse + v * kLanes));
+    FloatVec p = exp2(d, hn::Mul(x, to_base2));
+    // The row of a NaN has one for its log-sum-exp too, and yet no weight for what a mask drops.
+    if (kMasked) p = hn::IfThenZeroElse(hn::Eq(logit, hn::Set(d, kMinusInfinity)), p);
+    hn::Store(p, d, at);
   });
 }
 
@@ -56,14 +61,16 @@ void logit_gradient(std::int64_t keys, std::int64_t vectors, const float* p, con
   });
 }
 
-// ds ← ds·(1 − (capped / cap)²).
+// ds ← ds·(1 − (capped / cap)²), and 0 where ds is 0, as above.
 void cap_gradient(std::int64_t keys, std::int64_t vectors, const float* capped, float cap,
                   float* ds) {
   const Floats d;
   const FloatVec inverse = hn::Set(d, 1.0F / cap);
   for_each_vector(keys, vectors, ds, [&](std::int64_t, std::int64_t, float* at) HWY_ATTR {
     const FloatVec t = hn::Mul(hn::Load(d, capped + (at - ds)), inverse);
-    hn::Store(hn::Mul(hn::Load(d, at), hn::NegMulAdd(t, t, hn::Set(d, 1.0F))), d, at);
+    const FloatVec grad = hn::Load(d, at);
+    const FloatVec sloped = hn::Mul(grad, hn::NegMulAdd(t, t, hn::Set(d, 1.0F)));
+    hn::Store(hn::IfThenZeroElse(hn::Eq(grad, hn::Zero(d)), sloped), d, at);
   });
 }
 
@@ -88,6 +95,8 @@ class BackwardKeys {
     rows_buffer_ = scratch.take(8 * std::max(k_stride_, v_stride_));
     q_rows_ = scratch.take(kTileLanes * k_stride_);
     grad_o_rows_ = scratch.take(kTileLanes * v_stride_);
+    std::fill_n(q_rows_, kTileLanes * k_stride_, 0.0F);
+    std::fill_n(grad_o_rows_, kTileLanes * v_stride_, 0.0F);
     q_ = scratch.take(head_dim_ * kTileLanes);
     dq_ = scratch.take(head_dim_ * kTileLanes);
     grad_o_ = scratch.take(value_dim_ * kTileLanes);
@@ -230,7 +239,9 @@ class BackwardKeys {
                                             {k_ + (first - before) * head_dim_, 8 * head_dim_}, q_,
                                             kTileLanes, p_, kTileLanes, nullptr, &prefetch_);
     products_to_logits(tile, buffers_, p);
-    recompute_probabilities(keys, tile.vectors, logit_factor(problem_), lse_, p);
+    const bool masked = !tile.run.full || problem_.dense_mask;
+    const auto recompute = masked ? recompute_probabilities<true> : recompute_probabilities<false>;
+    recompute(keys, tile.vectors, logit_factor(problem_), lse_, p);
     gemm<Update::overwrite, Layout::panels>(
         {panels, tile.vectors, value_dim_}, {v_ + (first - before) * value_dim_, 8 * value_dim_},
         grad_o_, kTileLanes, ds_, kTileLanes, nullptr, &prefetch_);
@@ -248,7 +259,36 @@ class BackwardKeys {
     if (problem_.soft_cap > 0.0F) {
       cap_gradient(keys, tile.vectors, buffers_.capped, problem_.soft_cap, ds);
     }
+    if (masked && !operands_are_finite(first - before, panels)) {
+      return add_kept_products(tile, first, p, ds);
+    }
     add_products(tile, first, p, ds);
+  }
+
+  // Of the right operands of dV, dK and dQ.
+  bool operands_are_finite(std::int64_t first, std::int64_t keys) const {
+    return all_finite(grad_o_rows_, kTileLanes * v_stride_) &&
+           all_finite(q_rows_, kTileLanes * k_stride_) &&
+           all_finite(k_ + first * head_dim_, keys * head_dim_);
+  }
+
+  // The same sums without the terms of weight 0, which a mask may have dropped.
+  void add_kept_products(const LogitsTile& tile, std::int64_t first, const float* p,
+                         const float* ds) {
+    for (std::int64_t i = 0; i < tile.run.keys.size(); ++i) {
+      const std::int64_t key = first + i;
+      const float* k = k_ + key / 8 * 8 * head_dim_ + key % 8;
+      for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
+        const float weight = p[i * kTileLanes + lane];
+        const float grad = ds[i * kTileLanes + lane];
+        if (weight != 0.0F) {
+          add_scaled(grad_o_rows_ + lane * v_stride_, weight, value_dim_, dv_ + key * v_stride_);
+        }
+        if (grad == 0.0F) continue;
+        add_scaled(q_rows_ + lane * k_stride_, grad, head_dim_, dk_ + key * k_stride_);
+        for (std::int64_t d = 0; d < head_dim_; ++d) dq_[d * kTileLanes + lane] += grad * k[d * 8];
+      }
+    }
   }
 
   // dV += P·dO, dK += dS·Q, dQᵀ += Kᵀ·dSᵀ. The first two write whole panels of keys: the rows

@@ -171,7 +171,8 @@ class DecodeRows {
 
   void add_rows_of_values(HeadRows& head, const KeyRun& run, const float* rescale) {
     load_tile(problem_.v, head, run, v_stride_, v_);
-    const bool finite = run.full || all_finite(v_, run.keys.size() * v_stride_);
+    const bool finite =
+        (run.full && !problem_.dense_mask) || all_finite(v_, run.keys.size() * v_stride_);
     for (std::int64_t r = 0; r < head.rows.count; r += 4) {
       float* o = head.o + r * v_stride_;
       if (finite) {

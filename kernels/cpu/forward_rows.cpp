@@ -302,7 +302,7 @@ class ForwardRows {
                         buffers_.factor);
       multiply_tile(keys, tile.vectors, buffers_.factor, p);
     }
-    if (!run.full && !values_are_finite(keys, v + first_key * 8)) {
+    if ((!run.full || problem_.dense_mask) && !values_are_finite(keys, v + first_key * 8)) {
       return add_kept_values(tile, keys, v + first_key * 8, p);
     }
     gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
@@ -398,7 +398,7 @@ class ForwardRows {
                         buffers_.factor);
       multiply_tile(keys, tile.vectors, buffers_.factor, p);
     }
-    if ((!run.full || all != keys) && !finite_[index]) {
+    if ((!run.full || problem_.dense_mask || all != keys) && !finite_[index]) {
       load_values(run.keys);
       return add_kept_values(tile, keys, values_, p);
     }
