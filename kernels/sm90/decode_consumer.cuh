@@ -25,7 +25,7 @@ __device__ inline void load_rows(const DecodeParams& p, const DecodeUnit& unit, 
     const DecodeRow at(p, unit, row);
     const auto* from = static_cast<const Element*>(p.q) + at.offset(p.q_strides) + chunk * 8;
     *reinterpret_cast<uint4*>(reinterpret_cast<char*>(q) +
-                              swizzled_offset<Layout>(row, chunk, kDecodeRows)) =
+                              swizzled_offset<Layout>(row, chunk, kWarpgroupRows)) =
         *reinterpret_cast<const uint4*>(from);
   }
 }
@@ -42,6 +42,26 @@ __device__ inline void clear_unseen(void* values, int first, int last, int threa
                               swizzled_offset<Layout>(row, i % kChunks, kBlock)) =
         make_uint4(0, 0, 0, 0);
   }
+}
+
+/// Soft cap, and the keys that a row does not see.
+template <int kBlock>
+__device__ inline void mask_block(const DecodeParams& p, int token, const TokenRange (&ranges)[2],
+                                  float (&s)[kBlock / 2]) {
+  if (p.capped) {
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) s[i] = tanh_exp(s[i] * p.score_scale);
+  }
+  const int begin = max(ranges[0].begin, ranges[1].begin);
+  const int end = min(ranges[0].end, ranges[1].end);
+  if (token >= begin && token + kBlock <= end) return;
+  RowWindow windows[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    windows[row] = {ranges[row].begin - token,
+                    static_cast<unsigned>(max(ranges[row].end - ranges[row].begin, 0))};
+  }
+  mask_scores(s, windows);
 }
 
 template <typename Tile>
@@ -90,7 +110,7 @@ class DecodeConsumer {
     wgmma_wait<0>();
     pin_registers(s);
     release(&shared_.k_empty[ring_.index]);
-    mask(token, ranges, s);
+    mask_block<Tile::kBlock>(params_, token, ranges, s);
     float factor[2];
     const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
     if (renewed && accumulate) scale_rows(o, factor);
@@ -119,7 +139,7 @@ class DecodeConsumer {
     const std::uint64_t k = Layout::k_major(shared_.k[ring_.index]);
 #pragma unroll
     for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
-      WgmmaShape<Element, Tile::kBlock>::shared(s, q + Layout::k_major_step(step, kDecodeRows),
+      WgmmaShape<Element, Tile::kBlock>::shared(s, q + Layout::k_major_step(step, kWarpgroupRows),
                                                 k + Layout::k_major_step(step, Tile::kBlock),
                                                 step != 0);
     }
@@ -135,24 +155,6 @@ class DecodeConsumer {
           o, &p[4 * step], v + Layout::n_major_step(step), step != 0 || accumulate);
     }
     wgmma_commit();
-  }
-
-  /// Soft cap, and the keys that a row does not see.
-  __device__ void mask(int token, const TokenRange (&ranges)[2], float (&s)[Tile::kBlock / 2]) {
-    if (params_.capped) {
-#pragma unroll
-      for (int i = 0; i < Tile::kBlock / 2; ++i) s[i] = tanh_exp(s[i] * params_.score_scale);
-    }
-    const int begin = max(ranges[0].begin, ranges[1].begin);
-    const int end = min(ranges[0].end, ranges[1].end);
-    if (token >= begin && token + Tile::kBlock <= end) return;
-    RowWindow windows[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      windows[row] = {ranges[row].begin - token,
-                      static_cast<unsigned>(max(ranges[row].end - ranges[row].begin, 0))};
-    }
-    mask_scores(s, windows);
   }
 
   __device__ void release(std::uint64_t* barrier) {
@@ -173,13 +175,14 @@ class DecodeConsumer {
       if (whole) {
         write_row<Element>(params_, unit, o, row, at, max, sum, 0);
       } else if (at < unit.rows) {
-        write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum, 0);
+        write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum);
       }
     }
     if (whole) {
       named_barrier_sync(kBarrier, kThreads);  // Q is read; the next unit's may come
-    } else if (arrive_last(params_, unit, lane_, &shared_.is_last, kBarrier, kThreads)) {
-      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_, kThreads);
+    } else if (arrive_last(params_, unit, lane_, &shared_.is_last, kBarrier, kThreads,
+                           thread_ == 0)) {
+      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, 0, thread_, kThreads);
     }
   }
 

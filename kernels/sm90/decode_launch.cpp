@@ -12,7 +12,6 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr std::int64_t kRows = 64;  // of a tile
 constexpr std::uint64_t kEvictFirst = 0x12F0000000000000;
 constexpr std::uint64_t kEvictNormal = 0x1000000000000000;
 
@@ -61,8 +60,9 @@ void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeV
   params.box_tokens = box_tokens(problem, variant.block);
   params.alignment = problem.max_pages() == 1 ? 1 : std::max(params.box_tokens, 1);
   if (params.box_tokens == 0 || params.pages == 0) return;
-  params.k = cache_map(problem.k, variant.columns, params.box_tokens);
-  params.v = problem.latent() ? params.k : cache_map(problem.v, variant.columns, params.box_tokens);
+  params.k = cache_map(problem.k, variant.k_columns, params.box_tokens);
+  params.v = cache_map(variant.column_parts > 1 ? problem.k : problem.v, variant.v_columns,
+                       params.box_tokens);
 }
 
 void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
@@ -88,20 +88,26 @@ void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
   params.causal = problem.causal;
 }
 
-/// Query heads that share a tile, and how many of such packs read the keys side by side.
-void set_packs(DecodeParams& params, const DecodeProblem& problem, int multiprocessors) {
+/// Query heads that share a tile, and how many thread blocks read the same keys side by side.
+void set_parts(DecodeParams& params, const DecodeProblem& problem, const DecodeVariant& variant,
+               int multiprocessors) {
   const std::int64_t group = problem.group_size();
-  const std::int64_t pack = group % kRows == 0 ? kRows : group;
+  const std::int64_t pack = group % variant.tile_rows == 0 ? variant.tile_rows : group;
+  params.tile_rows = variant.tile_rows;
   params.pack = narrow(pack);
-  params.packs = narrow(problem.q_heads() / pack);
-  params.packs_per_kv_head = narrow(group / pack);
-  params.lanes = 1;
-  for (std::int32_t lanes = 2; lanes <= std::min(params.packs, multiprocessors); ++lanes) {
+  params.column_parts = variant.column_parts;
+  params.parts = narrow(problem.q_heads() / pack * variant.column_parts);
+  params.parts_per_kv_head = narrow(group / pack * variant.column_parts);
+  params.lanes = variant.column_parts;
+  for (std::int32_t lanes = 2; lanes <= std::min(params.parts, multiprocessors); ++lanes) {
     const int used = multiprocessors / lanes * lanes;
-    if (params.packs % lanes == 0 && used * 10 >= multiprocessors * 9) params.lanes = lanes;
+    if (params.parts % lanes == 0 && lanes % variant.column_parts == 0 &&
+        used * 10 >= multiprocessors * 9) {
+      params.lanes = lanes;
+    }
   }
   const bool read_once =
-      params.packs_per_kv_head == 1 && problem.max_rows > 0 && problem.max_rows * pack <= kRows;
+      pack == group && problem.max_rows > 0 && problem.max_rows * pack <= variant.tile_rows;
   params.policy = read_once ? kEvictFirst : kEvictNormal;
 }
 
@@ -150,11 +156,12 @@ void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
   DecodeParams params{};
   set_cache(params, problem, variant);
   set_sequences(params, problem);
-  set_packs(params, problem, processors);
+  set_parts(params, problem, variant, processors);
   set_scale(params, problem);
   set_outputs(params, call);
   const int blocks = processors / params.lanes * params.lanes;
-  const DecodeScratch scratch = decode_scratch(stream, blocks, variant.value_dim);
+  const DecodeScratch scratch =
+      decode_scratch(stream, blocks, variant.tile_rows, variant.value_dim);
   params.partial_o = scratch.partial_o;
   params.partial_statistics = scratch.partial_statistics;
   params.arrivals = scratch.arrivals;

@@ -12,9 +12,12 @@ namespace annulus::kernels::sm90 {
 
 /// A compiled tile shape.
 struct DecodeVariant {
-  int block;    // keys at a time
-  int columns;  // of a box in shared memory
-  int value_dim;
+  int block;      // keys at a time
+  int k_columns;  // of a box in shared memory
+  int v_columns;  // where values are part of the keys: of a box of rotary columns
+  int tile_rows;
+  int column_parts;  // that the value columns are computed in
+  int value_dim;     // of a part
   void (*launch)(const DecodeParams& params, int blocks, cudaStream_t stream);
 };
 
@@ -23,6 +26,8 @@ DecodeVariant decode_d96(DType dtype);
 DecodeVariant decode_d128(DType dtype);
 DecodeVariant decode_d192(DType dtype);
 DecodeVariant decode_d256(DType dtype);
+/// Keys of 512 latent and 64 rotary columns, the latent ones being the values.
+DecodeVariant decode_latent(DType dtype);
 
 void launch_decode(const DecodeCall& call, const DecodeVariant& variant);
 

@@ -35,10 +35,12 @@ struct DecodeParams {
   const std::int32_t* page_table;
   std::int32_t sequences, max_pages, page_size, pages;
 
-  // Rows of a tile are queries × pack query heads, heads innermost; pack p reads KV head
-  // p / packs_per_kv_head. The thread blocks form groups of `lanes`: those of a group go through
-  // the same keys at the same time, each for its own pack, so that a token's row is read at once.
-  std::int32_t pack, packs, packs_per_kv_head, lanes;
+  // The tile_rows rows of a tile are queries × pack query heads, heads innermost. A pack of heads
+  // is computed in column_parts parts, each of some of the value columns: part p is of pack p /
+  // column_parts and reads KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`:
+  // those of a group go through the same keys at the same time, each for its own part, so that a
+  // token's row is read at once.
+  std::int32_t tile_rows, pack, column_parts, parts, parts_per_kv_head, lanes;
 
   // Positions: see CacheDeal and DecodeProblem.
   std::int32_t deal_block, deal_ranks, deal_rank;
@@ -58,7 +60,8 @@ struct DecodeParams {
   float* row_sum;
   TokenStrides o_strides, accumulator_strides, lse_strides, max_strides, sum_strides;
 
-  // Partial results of tiles whose keys are split: two slots a thread block, 64 rows each.
+  // Partial results of tiles whose keys are split: two slots of tile_rows
+  // rows a thread block.
   float* partial_o;
   float2* partial_statistics;  // maximum in powers of two, sum
   unsigned* arrivals;          // one a thread block, 0 before and after each launch

@@ -73,7 +73,7 @@ class BoxProducer {
       const int column = box % Tile::kBoxes * Tile::Layout::kColumns;
       tma_load(stage + column * Tile::kBlock + row * Tile::Layout::kColumns, &map, full,
                static_cast<CachePolicy>(params_.policy), column,
-               token_of(i, token) % params_.page_size, unit.pack / params_.packs_per_kv_head,
+               token_of(i, token) % params_.page_size, unit.part / params_.parts_per_kv_head,
                pages_[i]);
     }
   }
@@ -98,44 +98,17 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/// A warpgroup gathers tokens one by one from pages that hold no whole group of eight rows.
+/// Gathers a block's tokens one by one from pages that hold no whole group of eight rows; the 128
+/// threads of a warpgroup take part.
 template <typename Tile>
-class TokenProducer {
+class TokenGather {
  public:
-  using Element = typename Tile::Element;
-
-  __device__ TokenProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
-      : params_(params), shared_(shared), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
-
-  __device__ void run(WorkWalker walker) {
-    DecodeUnit unit;
-    while (walker.next(unit)) {
-      int token = unit.load_begin + unit.first_block * Tile::kBlock;
-      for (int block = unit.first_block; block < unit.last_block; ++block) {
-        find_places(unit, token);
-        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
-        gather(shared_.k[ring_.index], params_.k_data, params_.k_strides, unit, token);
-        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
-        gather(shared_.v[ring_.index], params_.v_data, params_.v_strides, unit, token);
-        ring_.advance();
-        token += Tile::kBlock;
-      }
-    }
-    copy_async_wait<0>();
-    fence_async_shared();
-    while (announced_ < issued_) announce();
-  }
-
- private:
-  static constexpr int kThreads = 128;
-  static constexpr int kBarrier = 3;
-  static constexpr int kChunks = Tile::kHeadDim / 8;  // of 16 bytes in a row
-  // Stages under way; the others are with the consumers.
-  static constexpr int kPending = 2 * Tile::kStages - 2;
+  __device__ TokenGather(const DecodeParams& params, int2 (&buffers)[2][Tile::kBlock])
+      : params_(params), buffers_(buffers), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
 
   /// The two buffers let a thread go on while others still read the block before's.
   __device__ void find_places(const DecodeUnit& unit, int token) {
-    places_ = shared_.places[turn_ ^= 1];
+    places_ = buffers_[turn_ ^= 1];
     const std::int32_t* table =
         params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
     if (thread_ < Tile::kBlock) {
@@ -150,41 +123,85 @@ class TokenProducer {
     named_barrier_sync(kBarrier, kThreads);
   }
 
-  __device__ void gather(Element* stage, const char* data, const PageStrides& strides,
-                         const DecodeUnit& unit, int token) {
-    const char* head = data + unit.pack / params_.packs_per_kv_head * strides.head;
-    if (token < unit.key_end) {
+  /// Columns of the tokens, which begin at `data`; tokens that nobody sees arrive as zeros.
+  template <typename Layout, int kColumns>
+  __device__ void copy(void* stage, const char* data, const PageStrides& strides,
+                       const DecodeUnit& unit, int token) {
+    constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row
+    if (token >= unit.key_end) return;
+    const char* head = data + unit.part / params_.parts_per_kv_head * strides.head;
 #pragma unroll 4
-      for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
-        const int row = i / kChunks;
-        const int chunk = i % kChunks;
-        const int2 place = places_[row];
-        const char* from = head + max(place.x, 0) * strides.page + place.y * strides.token;
-        copy_async(reinterpret_cast<char*>(stage) +
-                       swizzled_offset<typename Tile::Layout>(row, chunk, Tile::kBlock),
-                   from + chunk * 16, place.x >= 0);
+    for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      const int2 place = places_[row];
+      const char* from = head + max(place.x, 0) * strides.page + place.y * strides.token;
+      copy_async(static_cast<char*>(stage) + swizzled_offset<Layout>(row, chunk, Tile::kBlock),
+                 from + chunk * 16, place.x >= 0);
+    }
+  }
+
+ private:
+  static constexpr int kThreads = 128;
+  static constexpr int kBarrier = 3;
+
+  const DecodeParams& params_;
+  int2 (&buffers_)[2][Tile::kBlock];
+  const int thread_;
+  int2* places_ = nullptr;
+  int turn_ = 0;
+};
+
+/// Keys and values through the gather, in turn.
+template <typename Tile>
+class TokenProducer {
+ public:
+  __device__ TokenProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
+      : params_(params), shared_(shared), gather_(params, shared.places) {}
+
+  __device__ void run(WorkWalker walker) {
+    DecodeUnit unit;
+    while (walker.next(unit)) {
+      int token = unit.load_begin + unit.first_block * Tile::kBlock;
+      for (int block = unit.first_block; block < unit.last_block; ++block) {
+        gather_.find_places(unit, token);
+        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
+        copy(shared_.k[ring_.index], params_.k_data, params_.k_strides, unit, token);
+        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
+        copy(shared_.v[ring_.index], params_.v_data, params_.v_strides, unit, token);
+        ring_.advance();
+        token += Tile::kBlock;
       }
     }
+    copy_async_wait<0>();
+    fence_async_shared();
+    while (announced_ < issued_) announce();
+  }
+
+ private:
+  // Stages under way; the others are with the consumers.
+  static constexpr int kPending = 2 * Tile::kStages - 2;
+
+  __device__ void copy(void* stage, const char* data, const PageStrides& strides,
+                       const DecodeUnit& unit, int token) {
+    gather_.template copy<typename Tile::Layout, Tile::kHeadDim>(stage, data, strides, unit, token);
     copy_async_commit();
-    if (++issued_ > kPending) {
-      copy_async_wait<kPending>();
-      fence_async_shared();
-      announce();
-    }
+    if (++issued_ <= kPending) return;
+    copy_async_wait<kPending>();
+    fence_async_shared();
+    announce();
   }
 
   /// Tells the consumers that this thread's part of the oldest stage under way is there.
   __device__ void announce() {
-    const int stage = static_cast<int>(announced_ / 2 % Tile::kStages);
+    const auto stage = announced_ / 2 % Tile::kStages;
     mbarrier_arrive(announced_ % 2 == 0 ? &shared_.k_full[stage] : &shared_.v_full[stage]);
     ++announced_;
   }
 
   const DecodeParams& params_;
   DecodeShared<Tile>& shared_;
-  const int thread_;
-  int2* places_ = nullptr;
-  int turn_ = 0;
+  TokenGather<Tile> gather_;
   std::uint32_t issued_ = 0, announced_ = 0;
   Ring<Tile::kStages> ring_;
 };

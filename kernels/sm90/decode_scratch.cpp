@@ -10,7 +10,6 @@
 namespace annulus::kernels::sm90 {
 namespace {
 
-constexpr std::int64_t kRows = 2 * 64;  // of a thread block
 // The counters lie first and take the same room in every launch: nothing else is written there.
 constexpr std::int64_t kCounterBytes = 4096;
 
@@ -50,15 +49,16 @@ Block& memory_of(cudaStream_t stream, bool& captured) {
 
 }  // namespace
 
-DecodeScratch decode_scratch(cudaStream_t stream, int blocks, int value_dim) {
+DecodeScratch decode_scratch(cudaStream_t stream, int blocks, int rows, int value_dim) {
+  const std::int64_t all_rows = std::int64_t{2} * blocks * rows;
   static std::mutex mutex;
   const std::scoped_lock lock(mutex);
   require(blocks * std::int64_t{sizeof(unsigned)} <= kCounterBytes, ExitCode::internal,
           "sm90 decode: {} thread blocks; accepted: at most {}", blocks,
           kCounterBytes / std::int64_t{sizeof(unsigned)});
-  const std::int64_t statistics_bytes = blocks * kRows * std::int64_t{sizeof(float2)};
+  const std::int64_t statistics_bytes = all_rows * std::int64_t{sizeof(float2)};
   const std::int64_t bytes =
-      kCounterBytes + statistics_bytes + blocks * kRows * value_dim * std::int64_t{sizeof(float)};
+      kCounterBytes + statistics_bytes + all_rows * value_dim * std::int64_t{sizeof(float)};
   bool captured = false;
   Block& memory = memory_of(stream, captured);
   if (memory.bytes < bytes) {

@@ -11,6 +11,9 @@ namespace {
 using Maker = DecodeVariant (*)(DType);
 
 Maker maker(const DecodeProblem& problem) {
+  if (problem.latent() && problem.head_dim() == 576 && problem.value_dim() == 512) {
+    return decode_latent;
+  }
   if (problem.head_dim() != problem.value_dim()) return nullptr;
   switch (problem.head_dim()) {
     case 64:
@@ -62,8 +65,9 @@ std::string unsupported(const DecodeProblem& problem) {
     return fmt::format("dtype {}; accepted: f16, bf16", name(problem.q.dtype));
   }
   if (maker(problem) == nullptr) {
-    return fmt::format("head_dim {} with value_dim {}; accepted: 64, 96, 128, 192, 256",
-                       problem.head_dim(), problem.value_dim());
+    return fmt::format(
+        "head_dim {} with value_dim {}{}; accepted: 64, 96, 128, 192, 256, latent 576 with 512",
+        problem.head_dim(), problem.value_dim(), problem.latent() ? " latent" : "");
   }
   if (!(problem.scale > 0.0F) || !std::isfinite(problem.scale)) {
     return fmt::format("scale {}; accepted: positive", problem.scale);

@@ -6,6 +6,8 @@
 /// Shape of the decode kernel's tile and its shared memory.
 namespace annulus::kernels::sm90 {
 
+inline constexpr int kWarpgroupRows = 64;
+
 /// Keys and values wait in rings of their own; together 192 KB, so that more than 64 KB are under
 /// way at any time whatever the consumers do.
 template <typename Element_, int kHeadDim_, int kBlock_, int kStages_>
@@ -25,12 +27,12 @@ template <typename Tile>
 struct DecodeShared {
   using Element = typename Tile::Element;
 
-  alignas(1024) Element q[kDecodeRows * Tile::kHeadDim];
+  alignas(1024) Element q[kWarpgroupRows * Tile::kHeadDim];
   alignas(1024) Element k[Tile::kStages][Tile::kBlock * Tile::kHeadDim];
   alignas(1024) Element v[Tile::kStages][Tile::kBlock * Tile::kValueDim];
   int2 places[2][Tile::kBlock];  // page and row of a block's tokens, where they are gathered
   WorkRun run;
-  std::int64_t warp_sums[Tile::kThreads / 32];
+  WorkSum warp_sums[Tile::kThreads / 32];
   std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
   std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
   std::int32_t is_last;

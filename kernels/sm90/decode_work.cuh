@@ -7,15 +7,13 @@
 /// run of it, so that a tile's keys may be split over several groups.
 namespace annulus::kernels::sm90 {
 
-inline constexpr int kDecodeRows = 64;  // of a tile
-
 /// Tokens of this rank, by local number.
 struct TokenRange {
   std::int32_t begin, end;
 };
 
 /// CacheDeal::tokens().
-__host__ __device__ inline std::int32_t local_tokens(const DecodeParams& p, std::int32_t length) {
+__device__ inline std::int32_t local_tokens(const DecodeParams& p, std::int32_t length) {
   if (p.deal_ranks == 1) return length;
   const std::int32_t round = p.deal_block * p.deal_ranks;
   const std::int32_t rest = length % round - p.deal_rank * p.deal_block;
@@ -27,18 +25,18 @@ __host__ __device__ inline std::int32_t local_tokens(const DecodeParams& p, std:
 struct DecodeSequence {
   std::int32_t query_begin, queries, length, start;
 
-  __host__ __device__ DecodeSequence(const DecodeParams& p, int s)
+  __device__ DecodeSequence(const DecodeParams& p, int s)
       : query_begin(p.query_begin[s]),
         queries(p.query_begin[s + 1] - query_begin),
         length(p.lengths[s]),
         start(p.starts == nullptr ? 0 : p.starts[s]) {}
 
-  __host__ __device__ int rows(const DecodeParams& p) const { return queries * p.pack; }
-  __host__ __device__ int tiles(const DecodeParams& p) const {
-    return (rows(p) + kDecodeRows - 1) / kDecodeRows;
+  __device__ int rows(const DecodeParams& p) const { return queries * p.pack; }
+  __device__ int tiles(const DecodeParams& p) const {
+    return (rows(p) + p.tile_rows - 1) / p.tile_rows;
   }
   /// What the queries [first, last] see between them.
-  __host__ __device__ TokenRange visible(const DecodeParams& p, int first, int last) const {
+  __device__ TokenRange visible(const DecodeParams& p, int first, int last) const {
     const std::int32_t offset = length - queries;
     std::int32_t begin = start;
     std::int32_t end = length;
@@ -61,10 +59,9 @@ struct DecodeSequence {
 struct TileKeys {
   std::int32_t begin, end, load_begin, blocks;
 
-  __host__ __device__ TileKeys(const DecodeParams& p, const DecodeSequence& sequence, int tile,
-                               int block) {
-    const int last_row = min(sequence.rows(p), (tile + 1) * kDecodeRows) - 1;
-    const TokenRange range = sequence.visible(p, tile * kDecodeRows / p.pack, last_row / p.pack);
+  __device__ TileKeys(const DecodeParams& p, const DecodeSequence& sequence, int tile, int block) {
+    const int last_row = min(sequence.rows(p), (tile + 1) * p.tile_rows) - 1;
+    const TokenRange range = sequence.visible(p, tile * p.tile_rows / p.pack, last_row / p.pack);
     begin = range.begin;
     end = range.end > range.begin ? range.end : range.begin;
     load_begin = begin / p.alignment * p.alignment;
@@ -78,55 +75,100 @@ struct WorkRun {
   std::int64_t unit_begin;  // of the unit that holds `begin`
   std::int64_t total;
   std::int32_t groups, group;
-  std::int32_t sequence, tile, pack_round;
+  std::int32_t sequence, tile, part_round;
 };
 
-/// First block of a group's run.
-__host__ __device__ inline std::int64_t run_begin(std::int64_t total, std::int32_t groups,
-                                                  std::int32_t group) {
+/// First block of a group's run, where runs are equal.
+__device__ inline std::int64_t run_begin(std::int64_t total, std::int32_t groups,
+                                         std::int32_t group) {
   return group * total / groups;
 }
 
 /// Whose run holds a block.
-__host__ __device__ inline std::int32_t group_of(std::int64_t total, std::int32_t groups,
-                                                 std::int64_t block) {
+__device__ inline std::int32_t group_of(std::int64_t total, std::int32_t groups,
+                                        std::int64_t block) {
   return static_cast<std::int32_t>(((block + 1) * groups - 1) / total);
 }
 
-__host__ __device__ inline std::int64_t sequence_blocks(const DecodeParams& p, int s, int block) {
+/// What some sequences put on the list. A unit is a tile of one part.
+struct WorkSum {
+  std::int64_t blocks = 0, units = 0, largest = 0;  // blocks of the largest unit
+
+  __device__ void add(const WorkSum& other) {
+    blocks += other.blocks;
+    units += other.units;
+    largest = other.largest > largest ? other.largest : largest;
+  }
+};
+
+__device__ inline WorkSum sequence_work(const DecodeParams& p, int s, int block) {
   const DecodeSequence sequence(p, s);
   const int tiles = sequence.tiles(p);
-  std::int64_t blocks = 0;
-  for (int tile = 0; tile < tiles; ++tile) blocks += TileKeys(p, sequence, tile, block).blocks;
-  return blocks * (p.packs / p.lanes);
+  const int rounds = p.parts / p.lanes;
+  WorkSum sum;
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int blocks = TileKeys(p, sequence, tile, block).blocks;
+    sum.add({std::int64_t{blocks} * rounds, rounds, blocks});
+  }
+  return sum;
 }
 
-/// Finds the unit that holds run.begin, searching from sequence s, whose first block is `before`.
-__host__ __device__ inline void seek(const DecodeParams& p, int s, std::int64_t before, int block,
-                                     WorkRun& run) {
-  for (;; ++s) {
-    const std::int64_t blocks = sequence_blocks(p, s, block);
-    if (run.begin < before + blocks) break;
-    before += blocks;
-  }
-  const DecodeSequence sequence(p, s);
-  for (int tile = 0;; ++tile) {
-    const int keys = TileKeys(p, sequence, tile, block).blocks;
-    const std::int64_t blocks = std::int64_t{keys} * (p.packs / p.lanes);
-    if (run.begin < before + blocks) {
-      run.sequence = s;
-      run.tile = tile;
-      run.pack_round = static_cast<std::int32_t>((run.begin - before) / keys);
-      run.unit_begin = before + std::int64_t{run.pack_round} * keys;
-      return;
+/// How the list is cut. Splitting a unit costs partial results that are written and merged, so that
+/// whole units are dealt where that lengthens the longest run by no more than a sixteenth.
+struct WorkCut {
+  std::int32_t groups;
+  std::int64_t units_each;  // 0: runs of equal length, units split
+
+  __device__ WorkCut(const WorkSum& total, std::int32_t most_groups) : groups(0), units_each(0) {
+    if (total.units == 0) return;
+    const std::int64_t each = (total.units + most_groups - 1) / most_groups;
+    if (each * total.largest * most_groups * 16 <= total.blocks * 17) {
+      units_each = each;
+      groups = static_cast<std::int32_t>((total.units + each - 1) / each);
+    } else {
+      groups = static_cast<std::int32_t>(total.blocks < most_groups ? total.blocks : most_groups);
     }
-    before += blocks;
   }
-}
+};
+
+/// A place in the list: the unit that holds it.
+struct WorkPlace {
+  std::int32_t sequence, tile, part_round;
+  std::int64_t unit_begin, unit_end;
+
+  /// Searches from sequence s, before which the list holds `before`, for block number `target`, or
+  /// for unit number `target`.
+  __device__ WorkPlace(const DecodeParams& p, int s, WorkSum before, std::int64_t target,
+                       bool by_unit, int block) {
+#pragma unroll 1
+    for (;; ++s) {
+      const WorkSum sum = sequence_work(p, s, block);
+      if (target < (by_unit ? before.units + sum.units : before.blocks + sum.blocks)) break;
+      before.add(sum);
+    }
+    const DecodeSequence sequence_rows(p, s);
+    const int rounds = p.parts / p.lanes;
+#pragma unroll 1
+    for (int t = 0;; ++t) {
+      const std::int64_t keys = TileKeys(p, sequence_rows, t, block).blocks;
+      const std::int64_t at = by_unit ? target - before.units : (target - before.blocks) / keys;
+      if (at < rounds) {
+        sequence = s;
+        tile = t;
+        part_round = static_cast<std::int32_t>(at);
+        unit_begin = before.blocks + at * keys;
+        unit_end = unit_begin + keys;
+        return;
+      }
+      before.add({keys * rounds, rounds, keys});
+    }
+  }
+};
 
 /// A tile of rows and the part of its keys that one thread block goes through.
 struct DecodeUnit {
-  std::int32_t sequence, pack, query_begin, first_row, rows;
+  std::int32_t sequence, part, query_begin, first_row, rows;
   std::int32_t key_begin, key_end, load_begin;
   std::int32_t first_block, last_block;
   std::int32_t pieces, first_group;  // that the unit is split over
@@ -135,19 +177,18 @@ struct DecodeUnit {
 /// The units of a run, in order. Producer and consumers walk alike.
 class WorkWalker {
  public:
-  __host__ __device__ WorkWalker(const DecodeParams& params, const WorkRun& run, int lane,
-                                 int block)
+  __device__ WorkWalker(const DecodeParams& params, const WorkRun& run, int lane, int block)
       : params_(params),
         run_(run),
         position_(run.begin),
         unit_begin_(run.unit_begin),
         sequence_(run.sequence),
         tile_(run.tile),
-        pack_round_(run.pack_round),
+        part_round_(run.part_round),
         lane_(lane),
         block_(block) {}
 
-  __host__ __device__ bool next(DecodeUnit& unit) {
+  __device__ bool next(DecodeUnit& unit) {
     if (position_ >= run_.end) return false;
     DecodeSequence sequence(params_, sequence_);
     while (tile_ >= sequence.tiles(params_)) {
@@ -158,10 +199,10 @@ class WorkWalker {
     const std::int64_t unit_end = unit_begin_ + keys.blocks;
     const std::int64_t end = unit_end < run_.end ? unit_end : run_.end;
     unit.sequence = sequence_;
-    unit.pack = pack_round_ * params_.lanes + lane_;
+    unit.part = part_round_ * params_.lanes + lane_;
     unit.query_begin = sequence.query_begin;
-    unit.first_row = tile_ * kDecodeRows;
-    unit.rows = min(kDecodeRows, sequence.rows(params_) - unit.first_row);
+    unit.first_row = tile_ * params_.tile_rows;
+    unit.rows = min(params_.tile_rows, sequence.rows(params_) - unit.first_row);
     unit.key_begin = keys.begin;
     unit.key_end = keys.end;
     unit.load_begin = keys.load_begin;
@@ -176,8 +217,8 @@ class WorkWalker {
     position_ = end;
     if (end == unit_end) {
       unit_begin_ = unit_end;
-      if (++pack_round_ == params_.packs / params_.lanes) {
-        pack_round_ = 0;
+      if (++part_round_ == params_.parts / params_.lanes) {
+        part_round_ = 0;
         ++tile_;
       }
     }
@@ -188,50 +229,74 @@ class WorkWalker {
   const DecodeParams& params_;
   const WorkRun& run_;
   std::int64_t position_, unit_begin_;
-  std::int32_t sequence_, tile_, pack_round_, lane_, block_;
+  std::int32_t sequence_, tile_, part_round_, lane_, block_;
 };
 
-#ifdef __CUDACC__
+/// The part of the list before this thread's sequences, and all of it.
+template <int kThreads>
+__device__ void scan_work(const WorkSum& own, WorkSum (&warp_sums)[kThreads / 32], WorkSum& before,
+                          WorkSum& total) {
+  const int thread = static_cast<int>(threadIdx.x);
+  WorkSum sum = own;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const WorkSum other{__shfl_up_sync(0xffffffffU, sum.blocks, distance),
+                        __shfl_up_sync(0xffffffffU, sum.units, distance),
+                        __shfl_up_sync(0xffffffffU, sum.largest, distance)};
+    if (thread % 32 >= distance) sum.add(other);
+  }
+  if (thread % 32 == 31) warp_sums[thread / 32] = sum;
+  __syncthreads();
+  before.blocks = sum.blocks - own.blocks;
+  before.units = sum.units - own.units;
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (warp < thread / 32) before.add(warp_sums[warp]);
+    total.add(warp_sums[warp]);
+  }
+}
+
 /// Adds up all sequences and finds this thread block's run; every thread takes part.
 template <int kThreads>
-__device__ void deal_work(const DecodeParams& p, int block,
-                          std::int64_t (&warp_sums)[kThreads / 32], WorkRun& run) {
+__device__ void deal_work(const DecodeParams& p, int block, WorkSum (&warp_sums)[kThreads / 32],
+                          WorkRun& run) {
   const int thread = static_cast<int>(threadIdx.x);
   const int each = (p.sequences + kThreads - 1) / kThreads;
   const int first = min(thread * each, p.sequences);
   const int last = min(first + each, p.sequences);
-  std::int64_t own = 0;
-  for (int s = first; s < last; ++s) own += sequence_blocks(p, s, block);
-  std::int64_t sum = own;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const std::int64_t other = __shfl_up_sync(0xffffffffU, sum, distance);
-    if (thread % 32 >= distance) sum += other;
-  }
-  if (thread % 32 == 31) warp_sums[thread / 32] = sum;
-  __syncthreads();
-  std::int64_t before = sum - own;
-  std::int64_t total = 0;
-  for (int warp = 0; warp < kThreads / 32; ++warp) {
-    if (warp < thread / 32) before += warp_sums[warp];
-    total += warp_sums[warp];
-  }
-  const int most = static_cast<int>(gridDim.x) / p.lanes;
-  const int groups = total < most ? static_cast<int>(total) : most;
+  WorkSum own, before, total;
+#pragma unroll 1
+  for (int s = first; s < last; ++s) own.add(sequence_work(p, s, block));
+  scan_work<kThreads>(own, warp_sums, before, total);
+
+  const WorkCut cut(total, static_cast<int>(gridDim.x) / p.lanes);
   const int group = static_cast<int>(blockIdx.x) / p.lanes;
-  const std::int64_t begin = group < groups ? run_begin(total, groups, group) : 0;
-  if (group < groups ? before <= begin && begin < before + own : thread == 0) {
-    run = WorkRun{};
-    run.total = total;
-    run.groups = groups;
+  const bool by_unit = cut.units_each > 0;
+  const bool idle = group >= cut.groups;
+  if (thread == 0) {
+    run.total = total.blocks;
+    run.groups = cut.groups;
     run.group = group;
-    if (group < groups) {
-      run.begin = begin;
-      run.end = run_begin(total, groups, group + 1);
-      seek(p, first, before, block, run);
-    }
+    if (idle) run.begin = run.end = 0;
+    if (!idle && !by_unit) run.end = run_begin(total.blocks, cut.groups, group + 1);
+  }
+  const auto holds = [&](std::int64_t target) {
+    return by_unit ? before.units <= target && target < before.units + own.units
+                   : before.blocks <= target && target < before.blocks + own.blocks;
+  };
+  const std::int64_t target =
+      by_unit ? group * cut.units_each : run_begin(total.blocks, max(cut.groups, 1), group);
+  if (!idle && holds(target)) {
+    const WorkPlace place(p, first, before, target, by_unit, block);
+    run.begin = by_unit ? place.unit_begin : target;
+    run.unit_begin = place.unit_begin;
+    run.sequence = place.sequence;
+    run.tile = place.tile;
+    run.part_round = place.part_round;
+  }
+  const std::int64_t last_unit = min((group + 1) * cut.units_each, total.units) - 1;
+  if (!idle && by_unit && holds(last_unit)) {
+    run.end = WorkPlace(p, first, before, last_unit, true, block).unit_end;
   }
   __syncthreads();
 }
-#endif
 
 }  // namespace annulus::kernels::sm90

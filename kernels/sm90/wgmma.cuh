@@ -15,7 +15,8 @@ struct SwizzledTile {
   static constexpr std::uint64_t kMode = kSwizzle == 128 ? 1 : 2;
 
   __device__ static std::uint64_t descriptor(const void* tile, int leading_bytes) {
-    const std::uint64_t address = shared_address(tile);
+    // In a cluster the address names the block too, above what a descriptor holds.
+    const std::uint64_t address = shared_address(tile) & 0x3FFFFU;
     return (address >> 4) | (static_cast<std::uint64_t>(leading_bytes >> 4) << 16) |
            (static_cast<std::uint64_t>(8 * kSwizzle >> 4) << 32) | (kMode << 62);
   }
