@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 
 namespace annulus::testing {
 namespace {
@@ -130,6 +131,34 @@ void DeviceDecode::poison() const {
 
 void DeviceDecode::run(Stream stream) const {
   decode_forward({problem_, {}, o_.view(), lse_.view(), stream}, "sm90");
+}
+
+void DeviceDecode::append(const ConstTensorView& new_k, const ConstTensorView& new_v) const {
+  const auto there = [](const ConstTensorView& host) {
+    DeviceCopy fresh(host.dtype, host.shape);
+    copy(host, fresh.view());
+    return fresh;
+  };
+  const DeviceCopy k = there(new_k);
+  const DeviceCopy v = there(new_v);
+  append_to_cache({k.view(),
+                   v.view(),
+                   problem_.query_begin,
+                   k_.view(),
+                   v_.view(),
+                   problem_.page_table,
+                   problem_.lengths,
+                   problem_.deal,
+                   {}});
+}
+
+bool DeviceDecode::same_bits(const ConstTensorView& device, const ConstTensorView& host) {
+  const std::int64_t bytes = device.shape.elements() * size_bytes(device.dtype);
+  const Buffer from_device(Device::cpu, bytes);
+  const Buffer from_host(Device::cpu, bytes);
+  copy(device, TensorView(from_device.data(), device.dtype, device.shape));
+  copy(host, TensorView(from_host.data(), host.dtype, host.shape));
+  return std::memcmp(from_device.data(), from_host.data(), static_cast<std::size_t>(bytes)) == 0;
 }
 
 AttentionState DeviceDecode::run_partial() {

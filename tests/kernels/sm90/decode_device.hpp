@@ -39,6 +39,8 @@ class DeviceDecode {
   void set_lengths(const std::vector<std::int32_t>& lengths);
   void poison() const;
   void run(Stream stream = {}) const;
+  void append(const ConstTensorView& new_k, const ConstTensorView& new_v) const;
+  static bool same_bits(const ConstTensorView& device, const ConstTensorView& host);
   /// Leaves a state instead of finishing; what merge() and finish() take.
   AttentionState run_partial();
   std::vector<double> o_values() const { return o_.values(); }

@@ -86,6 +86,51 @@ TEST_F(Sm90Decode, EqualsTheReferenceOnRandomBatches) {
   }
 }
 
+TEST_F(Sm90Decode, LatentEqualsTheReference) {
+  for (const std::int64_t heads : {16, 64, 128, 128}) {
+    DecodeOptions options;
+    options.dtype = random_() % 2 == 0 ? DType::bf16 : DType::f16;
+    options.sequences = {{1, 300}, {2, pick({64, 129, 500}), 21}, {0, 9}, {1, pick({1, 63, 700})}};
+    options.q_heads = heads;
+    options.kv_heads = 1;
+    options.head_dim = 576;
+    options.value_dim = 512;
+    options.latent = true;
+    if (random_() % 3 == 0) options.window_left = 70;
+    options.soft_cap = random_() % 4 == 0 ? 8.0F : 0.0F;
+    options.sinks = random_() % 3 == 0;
+    const DecodeCase expected(options, random_());
+    for (const std::int64_t page_size : {1, 8, 16, 64, 700}) {
+      SCOPED_TRACE(fmt::format("{}, pages of {}", options.to_string(), page_size));
+      expect_decode_on_device(expected, expected.paged({}, page_size, random_()), {});
+    }
+    SCOPED_TRACE(options.to_string() + " over 3 ranks");
+    expect_merged_decode_on_device(expected, {16, 3, 0}, 16, random_());
+    if (HasFailure()) return;
+  }
+}
+
+TEST_F(Sm90Decode, LatentRepeatsBitForBit) {
+  DecodeOptions options;
+  options.dtype = DType::bf16;
+  options.sequences = {{1, 2000}, {1, 333}, {1, 64}};
+  options.q_heads = 128;
+  options.kv_heads = 1;
+  options.head_dim = 576;
+  options.value_dim = 512;
+  options.latent = true;
+  const DecodeCase of(options, random_());
+  DeviceDecode device(of, of.paged({}, 64, random_()), {});
+  device.run();
+  const std::vector<double> first = device.o_values();
+  of.expect(first, device.lse_values());
+  for (int i = 0; i < 1000; ++i) {
+    device.poison();
+    device.run();
+    ASSERT_EQ(device.o_values(), first) << "repeat " << i;
+  }
+}
+
 DecodeOptions small_batch(std::int64_t head_dim) {
   DecodeOptions options;
   options.dtype = DType::bf16;
@@ -167,6 +212,33 @@ TEST_F(Sm90Decode, OneGraphServesGrowingLengths) {
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+TEST_F(Sm90Decode, AppendsWhatTheHostAppends) {
+  for (const CacheDeal& deal : {CacheDeal{}, CacheDeal{16, 3, 1}}) {
+    for (const std::int64_t page_size : {1, 16}) {
+      const DecodeCase of(small_batch(64), random_());
+      PagedCache host = of.paged(deal, page_size, random_());
+      const DeviceDecode device(of, host, deal);
+      const Shape fresh{of.options.tokens(), of.options.kv_heads, 64};
+      const HostTensor new_k = random_tensor(random_, DType::bf16, fresh, 1.0);
+      const HostTensor new_v = random_tensor(random_, DType::bf16, fresh, 1.0);
+      device.append(new_k.view(), new_v.view());
+      const DecodeProblem over = host.problem(of, deal);
+      append_to_cache({new_k.view(),
+                       new_v.view(),
+                       over.query_begin,
+                       host.k.view(),
+                       host.v.view(),
+                       over.page_table,
+                       over.lengths,
+                       deal,
+                       {}});
+      // Bits: most of both caches is NaN.
+      EXPECT_TRUE(device.same_bits(device.problem().k, host.k.view()));
+      EXPECT_TRUE(device.same_bits(device.problem().v, host.v.view()));
+    }
+  }
 }
 
 TEST_F(Sm90Decode, NamesWhatItDoesNotSupport) {
