@@ -14,6 +14,7 @@
 #include "kernels/cpu/amx_tile-inl.hpp"
 #include "kernels/cpu/gemm_tile-inl.hpp"
 #include "kernels/cpu/pack-inl.hpp"
+#include "kernels/cpu/softmax_tile-inl.hpp"
 
 #if ANNULUS_AMX
 HWY_BEFORE_NAMESPACE();
@@ -155,6 +156,64 @@ inline void store_pairs(std::int64_t keys, std::int64_t vectors, const float* p,
                          pair_of(_mm512_load_ps(at), _mm512_load_ps(at + kTileLanes)));
     }
   }
+}
+
+// 2^x for x ≤ 0 with a relative error of 1.1e-7 before roundings (minimax with 2^0 = 1): weights
+// lose more as bf16, and their sum keeps to f32. The argument's reduction is one instruction.
+HWY_INLINE __m512 exp2_of_weight(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT);
+  __m512 p = _mm512_set1_ps(0x1.5bba14p-10F);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.3cea88p-7F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.c6b752p-5F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.ebf9bcp-3F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0x1.62e42ap-1F));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0F));
+  return _mm512_scalef_ps(p, _mm512_sub_ps(x, f));
+}
+
+template <int kVectors>
+HWY_NOINLINE void softmax_pairs_vectors(std::int64_t keys, float scale, const float* s,
+                                        const LaneState& state, float* rescale,
+                                        std::uint32_t* pairs) {
+  const __m512 log2e = _mm512_set1_ps(kLog2E);
+  __m512 before[kVectors];
+  __m512 max[kVectors];
+  __m512 sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    before[v] = _mm512_mul_ps(_mm512_load_ps(state.max + v * kLanes), log2e);
+  }
+  raise_max<kVectors>(keys, scale, s, state.max);
+  for (int v = 0; v < kVectors; ++v) {
+    max[v] = base2_max(FloatVec{_mm512_load_ps(state.max + v * kLanes)}).raw;
+    _mm512_store_ps(rescale + v * kLanes, exp2_of_weight(_mm512_sub_ps(before[v], max[v])));
+    sum[v] = _mm512_setzero_ps();
+  }
+  const __m512 to_base2 = _mm512_set1_ps(scale * kLog2E);
+  for (std::int64_t key = 0; key < keys; key += 2) {
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) {
+      const float* at = s + key * kTileLanes + v * kLanes;
+      const __m512 lower = exp2_of_weight(_mm512_fmsub_ps(_mm512_load_ps(at), to_base2, max[v]));
+      const __m512 upper =
+          exp2_of_weight(_mm512_fmsub_ps(_mm512_load_ps(at + kTileLanes), to_base2, max[v]));
+      sum[v] = _mm512_add_ps(sum[v], _mm512_add_ps(lower, upper));
+      _mm512_store_si512(pairs + key / 2 * kTileLanes + v * kLanes, pair_of(lower, upper));
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    float* running = state.sum + v * kLanes;
+    _mm512_store_ps(running, _mm512_fmadd_ps(_mm512_load_ps(running),
+                                             _mm512_load_ps(rescale + v * kLanes), sum[v]));
+  }
+}
+
+/// As softmax_tile for an even number of keys, with the weights as pairs of bf16.
+inline void softmax_pairs(std::int64_t keys, std::int64_t vectors, float scale, const float* s,
+                          const LaneState& state, float* rescale, std::uint32_t* pairs) {
+  const auto softmax = vectors == 3   ? softmax_pairs_vectors<3>
+                       : vectors == 2 ? softmax_pairs_vectors<2>
+                                      : softmax_pairs_vectors<1>;
+  softmax(keys, scale, s, state, rescale, pairs);
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

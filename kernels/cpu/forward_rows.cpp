@@ -297,17 +297,19 @@ class ForwardRows {
                                             &prefetch_);
     products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
     softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
-    if (problem_.dropout.probability > 0.0F) {
-      load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
-                        buffers_.factor);
-      multiply_tile(keys, tile.vectors, buffers_.factor, p);
-    }
+    if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
     if ((!run.full || problem_.dense_mask) && !values_are_finite(keys, v + first_key * 8)) {
       return add_kept_values(tile, keys, v + first_key * 8, p);
     }
     gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
                                           {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
                                           kTileLanes, rescale_, &prefetch_);
+  }
+
+  void drop_weights(const QueryTile& tile, const KeyRun& run, float* p) {
+    load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
+                      buffers_.factor);
+    multiply_tile(run.keys.size(), tile.vectors, buffers_.factor, p);
   }
 
 #if ANNULUS_AMX
@@ -392,21 +394,29 @@ class ForwardRows {
     }
     float* p = p_ + before * kTileLanes;
     products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
-    softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
-    if (problem_.dropout.probability > 0.0F) {
-      load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
-                        buffers_.factor);
-      multiply_tile(keys, tile.vectors, buffers_.factor, p);
+    const float factor = logit_factor(problem_);
+    const bool edges = !run.full || problem_.dense_mask || all != keys;
+    if (problem_.dropout.probability > 0.0F || (edges && !finite_[index])) {
+      softmax_tile(keys, tile.vectors, factor, p, tile.state, rescale_);
+      if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
+      if (edges && !finite_[index]) {
+        load_values(run.keys);
+        return add_kept_values(tile, keys, values_, p);
+      }
+      fill_outside(before, keys, all, 0.0F);
+      store_pairs(all, tile.vectors, p_, pairs_);
+    } else {
+      fill_outside(before, keys, all, kMinusInfinity);
+      softmax_pairs(all, tile.vectors, factor, p_, tile.state, rescale_, pairs_);
     }
-    if ((!run.full || problem_.dense_mask || all != keys) && !finite_[index]) {
-      load_values(run.keys);
-      return add_kept_values(tile, keys, values_, p);
-    }
-    std::fill_n(p_, before * kTileLanes, 0.0F);
-    std::fill_n(p + keys * kTileLanes, (all - before - keys) * kTileLanes, 0.0F);
-    store_pairs(all, tile.vectors, p_, pairs_);
     add_values_on_tiles(tile, all / kAmxDepth,
                         packed_halves(v_, problem_.value_dim(), index) + first_step * kAmxBytes);
+  }
+
+  // Of `all` keys those before and after a run.
+  void fill_outside(std::int64_t before, std::int64_t keys, std::int64_t all, float value) {
+    std::fill_n(p_, before * kTileLanes, value);
+    std::fill(p_ + (before + keys) * kTileLanes, p_ + all * kTileLanes, value);
   }
 
   void add_values_on_tiles(QueryTile& tile, std::int64_t steps, const char* v) {
@@ -414,9 +424,9 @@ class ForwardRows {
     const std::int64_t tile_bytes = kKeySteps * kAmxBytes;
     for (std::int64_t row = 0; row < problem_.value_dim(); row += 2 * kAmxRows) {
       const std::int64_t rows = std::min(problem_.value_dim() - row, 2 * kAmxRows);
+      float* o = tile.o + row * kTileLanes;
       amx_product((rows + kAmxRows - 1) / kAmxRows, tile.vectors, steps,
                   {v + row / kAmxRows * tile_bytes, tile_bytes}, pairs_, products_);
-      float* o = tile.o + row * kTileLanes;
       for_each_vector(rows, tile.vectors, o, [&](std::int64_t, std::int64_t n, float* at) HWY_ATTR {
         const FloatVec sum = hn::Load(d, products_ + (at - o));
         hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale_ + n * kLanes), sum), d, at);
