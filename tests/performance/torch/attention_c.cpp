@@ -9,12 +9,14 @@ namespace {
 
 using namespace annulus;
 
-AttentionProblem problem_of(const float* q, const float* k, const float* v, const Shape& shape,
-                            const MaskSlices& slices) {
+DType dtype_of(int bf16) { return bf16 != 0 ? DType::bf16 : DType::f32; }
+
+AttentionProblem problem_of(const void* q, const void* k, const void* v, const Shape& shape,
+                            DType dtype, const MaskSlices& slices) {
   AttentionProblem problem;
-  problem.q = ConstTensorView(q, DType::f32, shape);
-  problem.k = ConstTensorView(k, DType::f32, shape);
-  problem.v = ConstTensorView(v, DType::f32, shape);
+  problem.q = ConstTensorView(q, dtype, shape);
+  problem.k = ConstTensorView(k, dtype, shape);
+  problem.v = ConstTensorView(v, dtype, shape);
   problem.mask = slices.view();
   problem.scale = 1.0F / std::sqrt(static_cast<float>(shape[3]));
   return problem;
@@ -28,16 +30,18 @@ MaskSlices mask_of(std::int64_t seq, int causal) {
 
 }  // namespace
 
-/// All tensors [1, seq, heads, head_dim] in f32; log_sum_exp [1, heads, seq]. 0 for success.
-extern "C" int annulus_forward(const float* q, const float* k, const float* v, float* o,
+/// All tensors [1, seq, heads, head_dim] in f32 or bf16; log_sum_exp f32 [1, heads, seq]. 0 for
+/// success.
+extern "C" int annulus_forward(const void* q, const void* k, const void* v, void* o,
                                float* log_sum_exp, std::int64_t seq, std::int64_t heads,
-                               std::int64_t head_dim, int causal) try {
+                               std::int64_t head_dim, int causal, int bf16) try {
   const Shape shape{1, seq, heads, head_dim};
   const MaskSlices slices = mask_of(seq, causal);
-  attention_forward({problem_of(q, k, v, shape, slices),
+  const DType dtype = dtype_of(bf16);
+  attention_forward({problem_of(q, k, v, shape, dtype, slices),
                      {},
                      ForwardCall::Start::fresh,
-                     TensorView(o, DType::f32, shape),
+                     TensorView(o, dtype, shape),
                      TensorView(log_sum_exp, DType::f32, Shape{1, heads, seq}),
                      {}},
                     "cpu");
@@ -47,18 +51,20 @@ extern "C" int annulus_forward(const float* q, const float* k, const float* v, f
   return 1;
 }
 
-/// Adds to the gradients; `delta` is scratch, [1, heads, seq].
-extern "C" int annulus_backward(const float* q, const float* k, const float* v, const float* o,
-                                const float* grad_o, const float* log_sum_exp, float* delta,
+/// Adds to the gradients, which are f32; `delta` is scratch, [1, heads, seq].
+extern "C" int annulus_backward(const void* q, const void* k, const void* v, const void* o,
+                                const void* grad_o, const float* log_sum_exp, float* delta,
                                 float* grad_q, float* grad_k, float* grad_v, std::int64_t seq,
-                                std::int64_t heads, std::int64_t head_dim, int causal) try {
+                                std::int64_t heads, std::int64_t head_dim, int causal,
+                                int bf16) try {
+  const DType dtype = dtype_of(bf16);
   const Shape shape{1, seq, heads, head_dim};
   const Shape statistic{1, heads, seq};
   const MaskSlices slices = mask_of(seq, causal);
-  attention_delta(ConstTensorView(o, DType::f32, shape), ConstTensorView(grad_o, DType::f32, shape),
+  attention_delta(ConstTensorView(o, dtype, shape), ConstTensorView(grad_o, dtype, shape),
                   TensorView(delta, DType::f32, statistic));
-  attention_backward({problem_of(q, k, v, shape, slices),
-                      ConstTensorView(grad_o, DType::f32, shape),
+  attention_backward({problem_of(q, k, v, shape, dtype, slices),
+                      ConstTensorView(grad_o, dtype, shape),
                       ConstTensorView(log_sum_exp, DType::f32, statistic),
                       ConstTensorView(delta, DType::f32, statistic),
                       TensorView(grad_q, DType::f32, shape),
