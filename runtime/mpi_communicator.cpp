@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -126,8 +127,10 @@ class MpiCommunicator final : public Communicator {
     ANNULUS_CHECK_MPI(MPI_Comm_size(comm_, &size_));
     sent_pieces_.resize(static_cast<std::size_t>(size_));
     received_pieces_.resize(static_cast<std::size_t>(size_));
+    windows_.emplace(MpiHandle{MPI_Comm_c2f(comm_)}, group_);
   }
   ~MpiCommunicator() override {
+    windows_.reset();
     int finalized = 0;
     static_cast<void>(MPI_Finalized(&finalized));
     if (finalized == 0) static_cast<void>(MPI_Comm_free(&comm_));
@@ -148,8 +151,8 @@ class MpiCommunicator final : public Communicator {
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override;
   void all_reduce_sum(std::span<float> values) override;
 
-  std::unique_ptr<Window> expose(std::int64_t bytes) override {
-    return make_mpi_window({MPI_Comm_c2f(comm_)}, group_, bytes);
+  std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t granule) override {
+    return windows_->expose(bytes, granule);
   }
 
  protected:
@@ -164,6 +167,7 @@ class MpiCommunicator final : public Communicator {
   int size_ = 0;
   std::vector<std::int64_t> sent_pieces_;      // to each peer, so far
   std::vector<std::int64_t> received_pieces_;  // from each peer, so far
+  std::optional<MpiWindows> windows_;
 };
 
 std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,

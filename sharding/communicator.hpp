@@ -40,6 +40,12 @@ class Window {
   virtual void* local() = 0;
   /// The same allocation of `peer`, or null when it cannot be read from here.
   virtual const void* peer(int peer) const = 0;
+  /// Bytes from one readable rank's memory to the next's where all lie at equal distances, in an
+  /// order of theirs; 0: they lie anywhere.
+  virtual std::int64_t stride() const { return 0; }
+  /// Says that bytes [begin, end) of local() will be written, before they are: their pages are made
+  /// at once, and large where that is possible.
+  virtual void expect(std::int64_t /*begin*/, std::int64_t /*end*/) {}
   /// Collective: what every rank wrote before is visible to all after it.
   virtual void fence() = 0;
 };
@@ -63,8 +69,10 @@ class Communicator {
   virtual void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) = 0;
   /// Sums fp32 over the ranks in rank order, the same bits everywhere.
   virtual void all_reduce_sum(std::span<float> values) = 0;
-  /// Memory readable by peers on the same node; null pointers for the others.
-  virtual std::unique_ptr<Window> expose(std::int64_t bytes) = 0;
+  /// Memory readable by peers on the same node; null pointers for the others. Its stride is a
+  /// multiple of `granule`, the same on all ranks, where that costs little. What it holds at first
+  /// is anything.
+  virtual std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t granule = 1) = 0;
 
   /// Starts sends and receives; not collective. Zero-byte messages are not sent. Bytes to oneself
   /// are copied and not counted.

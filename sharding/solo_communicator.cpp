@@ -31,7 +31,7 @@ void SoloCommunicator::all_gather(std::span<const std::byte> mine, std::span<std
 
 void SoloCommunicator::all_reduce_sum(std::span<float> /*values*/) {}
 
-std::unique_ptr<Window> SoloCommunicator::expose(std::int64_t bytes) {
+std::unique_ptr<Window> SoloCommunicator::expose(std::int64_t bytes, std::int64_t /*granule*/) {
   return std::make_unique<SoloWindow>(bytes);
 }
 

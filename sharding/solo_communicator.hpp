@@ -14,7 +14,7 @@ class SoloCommunicator final : public Communicator {
   std::unique_ptr<Communicator> split(int color, int key) override;
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override;
   void all_reduce_sum(std::span<float> values) override;
-  std::unique_ptr<Window> expose(std::int64_t bytes) override;
+  std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t granule) override;
 
  protected:
   std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,

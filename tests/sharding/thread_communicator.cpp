@@ -232,7 +232,7 @@ class ThreadCommunicator final : public Communicator {
   std::unique_ptr<Communicator> split(int color, int key) override;
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override;
   void all_reduce_sum(std::span<float> values) override;
-  std::unique_ptr<Window> expose(std::int64_t bytes) override;
+  std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t granule) override;
 
  protected:
   std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,
@@ -319,18 +319,27 @@ void ThreadCommunicator::all_reduce_sum(std::span<float> values) {
   std::copy(sum.begin(), sum.end(), values.begin());
 }
 
+/// The windows of all ranks, side by side, as those of one node's processes.
+struct SharedBytes {
+  SharedBytes(std::int64_t stride_, int ranks)
+      : stride(stride_), data(static_cast<std::size_t>(stride_ * ranks), std::byte{0xFF}) {}
+  std::int64_t stride;
+  std::vector<std::byte> data;
+};
+
 class ThreadWindow final : public Window {
  public:
-  using Memory = std::shared_ptr<std::vector<std::byte>>;
+  ThreadWindow(std::shared_ptr<Group> group, int rank, std::shared_ptr<SharedBytes> bytes)
+      : group_(std::move(group)), rank_(rank), bytes_(std::move(bytes)) {}
 
-  ThreadWindow(std::shared_ptr<Group> group, int rank, std::vector<Memory> memory)
-      : group_(std::move(group)), rank_(rank), memory_(std::move(memory)) {}
-
-  void* local() override { return memory_[static_cast<std::size_t>(rank_)]->data(); }
+  void* local() override { return bytes_->data.data() + rank_ * bytes_->stride; }
   const void* peer(int peer) const override {
-    const Memory& memory = memory_.at(static_cast<std::size_t>(peer));
-    return memory ? memory->data() : nullptr;
+    const auto& nodes = group_->nodes;
+    const bool near =
+        nodes.at(static_cast<std::size_t>(peer)) == nodes[static_cast<std::size_t>(rank_)];
+    return near ? bytes_->data.data() + peer * bytes_->stride : nullptr;
   }
+  std::int64_t stride() const override { return bytes_->stride; }
   void fence() override {
     group_->meet(rank_, {"fence", 0, nullptr}, [](const auto&) {});
   }
@@ -338,23 +347,25 @@ class ThreadWindow final : public Window {
  private:
   std::shared_ptr<Group> group_;
   int rank_;
-  std::vector<Memory> memory_;  // of each rank; null where it is on another node
+  std::shared_ptr<SharedBytes> bytes_;
 };
 
-std::unique_ptr<Window> ThreadCommunicator::expose(std::int64_t bytes) {
+std::unique_ptr<Window> ThreadCommunicator::expose(std::int64_t bytes, std::int64_t granule) {
   delay_();
-  // An empty part has an address too: null means another node.
-  const auto own = std::make_shared<std::vector<std::byte>>(
-      static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)), std::byte{0xFF});
-  std::vector<ThreadWindow::Memory> memory;
-  group_->meet(rank_, {"expose", sizeof own, &own}, [&](const auto& contributions) {
-    for (std::size_t peer = 0; peer < contributions.size(); ++peer) {
-      const bool near = group_->nodes[peer] == group_->nodes[static_cast<std::size_t>(rank_)];
-      memory.push_back(near ? *static_cast<const ThreadWindow::Memory*>(contributions[peer].data)
-                            : nullptr);
+  std::int64_t stride = 1;
+  group_->meet(rank_, {"expose", sizeof bytes, &bytes}, [&](const auto& contributions) {
+    for (const Contribution& theirs : contributions) {
+      stride = std::max(stride, *static_cast<const std::int64_t*>(theirs.data));
     }
   });
-  return std::make_unique<ThreadWindow>(group_, rank_, std::move(memory));
+  // A gap, so that nobody takes the next rank's rows for its own.
+  stride = (stride / granule + 2) * granule;
+  auto shared = rank_ == 0 ? std::make_shared<SharedBytes>(stride, size()) : nullptr;
+  const std::shared_ptr<SharedBytes> own = shared;
+  group_->meet(rank_, {"expose", sizeof own, &own}, [&](const auto& contributions) {
+    shared = *static_cast<const std::shared_ptr<SharedBytes>*>(contributions.front().data);
+  });
+  return std::make_unique<ThreadWindow>(group_, rank_, std::move(shared));
 }
 
 struct Outcome {
