@@ -119,8 +119,10 @@ void all_gather_forward(Communicator& ranks, const AttentionPlan& plan, const Fo
     const std::unique_ptr<ForwardPass> pass = make_forward_pass(call, plan, options);
     const KvFeed& feed = [&]() -> KvFeed& {
       const ScopedTimer timer(accounting.exposed_seconds());
+      const RecordedSpan span(options.recorder, StageRecord::Kind::wait, static_cast<int>(head));
       return feeds.at(head);
     }();
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute, static_cast<int>(head));
     if (feeds.stage() != nullptr) {
       const std::vector<StagePart> parts = forward_parts(*feeds.stage(), call.problem, plan, false);
       for (const StagePart& part : parts) {
@@ -148,20 +150,26 @@ void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const B
     BackwardPass pass(call, plan.q_layout().runs(plan.group()), options);
     const KvFeed& feed = [&]() -> KvFeed& {
       const ScopedTimer timer(accounting.exposed_seconds());
+      const RecordedSpan span(options.recorder, StageRecord::Kind::wait, static_cast<int>(head));
       return feeds.at(head);
     }();
     if (stage == nullptr) continue;
-    auto back =
-        std::make_unique<GradientReturn>(ranks, plan, call.grad_k, call.grad_v, local.stream);
+    auto back = std::make_unique<GradientReturn>(ranks, plan, call.grad_k, call.grad_v, false,
+                                                 local.stream);
     const KvViews gradients = returns ? back->gradients(*stage) : KvViews{call.grad_k, call.grad_v};
-    for (const StagePart& part : backward_parts(*stage, call.problem, false)) {
-      const auto [k, v] = feed.views(*stage, part);
-      pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
-               gradients.v.slice(0, part.batch).slice(1, part.rows));
-      feeds.progress();
+    {
+      const RecordedSpan span(options.recorder, StageRecord::Kind::compute, static_cast<int>(head));
+      for (const StagePart& part : backward_parts(*stage, call.problem, false)) {
+        const auto [k, v] = feed.views(*stage, part);
+        pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
+                 gradients.v.slice(0, part.batch).slice(1, part.rows));
+        feeds.progress();
+      }
     }
     if (!returns) continue;
     const ScopedTimer timer(accounting.exposed_seconds());
+    const RecordedSpan span(options.recorder, StageRecord::Kind::reduction,
+                            static_cast<int>(head) - 1);
     if (before != nullptr) before->finish(*stage);
     const std::int64_t behind = before ? before->buffer_bytes() : 0;
     return_bytes = std::max(return_bytes, back->buffer_bytes() + behind);

@@ -101,6 +101,7 @@ std::vector<MaskSlices> layers_of(const MaskSlices& slices) {
 
 // Partials of blocks on their way up the tree. Blocks that no row of this rank sees are not there:
 // merging an empty partial would change no bit.
+template <typename Partial>
 class BlockTree {
  public:
   using Merge = std::function<void(Partial& left, Partial& right)>;
@@ -155,6 +156,28 @@ class BlockTree {
   std::optional<Partial> root_;
 };
 
+// The query rows that a block's slices touch.
+Span rows_of(const StagePart& part) {
+  Span rows = part.slices.slices.front().q;
+  for (const Slice& slice : part.slices.slices) {
+    rows = {std::min(rows.begin, slice.q.begin), std::max(rows.end, slice.q.end)};
+  }
+  return rows;
+}
+
+// The blocks that come to each list of batch rows, by the first of them.
+std::map<std::int64_t, std::vector<std::int64_t>> blocks_of(const AttentionPlan& plan) {
+  const PlanRequest& request = plan.request();
+  std::map<std::int64_t, std::vector<std::int64_t>> blocks;
+  for (const Stage& stage : plan.stages()) {
+    for (const StagePart& part :
+         parts_of(stage, request.batch, Granularity::block, request.block_rows)) {
+      blocks[part.batch.begin].push_back(part.column_begin / request.block_rows);
+    }
+  }
+  return blocks;
+}
+
 class BlockForwardPass final : public ForwardPass {
  public:
   BlockForwardPass(const ForwardCall& local, const AttentionPlan& plan,
@@ -164,14 +187,8 @@ class BlockForwardPass final : public ForwardPass {
         q_positions_(positions_of(plan.q_layout().runs(plan.group()))),
         options_(options),
         idle_(local.problem.q.shape.elements() == 0) {
-    std::map<std::int64_t, std::vector<std::int64_t>> blocks;
-    for (const Stage& stage : plan.stages()) {
-      for (const StagePart& part :
-           parts_of(stage, local.problem.batch(), Granularity::block, block_rows_)) {
-        blocks[part.batch.begin].push_back(block_of(part));
-      }
-    }
-    for (auto& [batch_begin, list] : blocks) trees_.emplace(batch_begin, BlockTree(list));
+    for (auto& [batch_begin, list] : blocks_of(plan))
+      trees_.emplace(batch_begin, BlockTree<Partial>(list));
   }
 
   void add(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v,
@@ -187,6 +204,9 @@ class BlockForwardPass final : public ForwardPass {
   void finish() override {
     if (idle_) return;
     const ScopedTimer timer(compute_seconds(options_));
+    if (const Partial* root = whole_root()) {
+      return annulus::finish(root->state.views, local_.o, local_.log_sum_exp, local_.stream);
+    }
     OwnedState all(local_.problem, local_.stream);
     start_rows(local_, all.views, options_);
     for (const auto& [batch_begin, tree] : trees_) {
@@ -205,12 +225,19 @@ class BlockForwardPass final : public ForwardPass {
  private:
   std::int64_t block_of(const StagePart& part) const { return part.column_begin / block_rows_; }
 
+  // The root of the only tree where it has every row and there is nothing to fold in: to merge it
+  // into an empty state would change no bit.
+  const Partial* whole_root() const {
+    if (local_.problem.sinks || trees_.size() != 1) return nullptr;
+    const Partial& root = *trees_.begin()->second.root();
+    const bool whole = root.rows == Span{0, local_.problem.seq_q()} &&
+                       root.state.views.accumulator.shape[0] == local_.problem.batch();
+    return whole ? &root : nullptr;
+  }
+
   // The rows that the block's slices touch, from nothing.
   Partial compute(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v) {
-    Span rows = part.slices.slices.front().q;
-    for (const Slice& slice : part.slices.slices) {
-      rows = {std::min(rows.begin, slice.q.begin), std::max(rows.end, slice.q.end)};
-    }
+    const Span rows = rows_of(part);
     StagePart moved = part;
     for (Slice& slice : moved.slices.slices) {
       slice.q = {slice.q.begin - rows.begin, slice.q.end - rows.begin};
@@ -279,7 +306,7 @@ class BlockForwardPass final : public ForwardPass {
   std::vector<PositionRun> q_positions_;
   const ExecuteOptions& options_;
   bool idle_;
-  std::map<std::int64_t, BlockTree> trees_;  // by first batch row
+  std::map<std::int64_t, BlockTree<Partial>> trees_;  // by first batch row
   std::vector<Partial> spare_;
   std::int64_t buffer_bytes_ = 0;
 };
@@ -292,11 +319,46 @@ std::unique_ptr<ForwardPass> make_block_forward_pass(const ForwardCall& local,
   return std::make_unique<BlockForwardPass>(local, plan, options);
 }
 
+std::int64_t block_state_rows(const AttentionPlan& plan) {
+  struct Held {
+    Span rows;
+    std::int64_t batch = 0;
+  };
+  const PlanRequest& request = plan.request();
+  const std::int64_t seq_q = plan.q_layout().rows(plan.group());
+  std::map<std::int64_t, BlockTree<Held>> trees;
+  for (auto& [batch_begin, list] : blocks_of(plan)) trees.emplace(batch_begin, list);
+  std::vector<Held> spare;
+  std::int64_t batch_rows = 0;
+  const auto merge = [](Held& left, const Held& right) {
+    left.rows = {std::min(left.rows.begin, right.rows.begin),
+                 std::max(left.rows.end, right.rows.end)};
+  };
+  for (const Stage& stage : plan.stages()) {
+    for (const StagePart& part :
+         parts_of(stage, request.batch, Granularity::block, request.block_rows)) {
+      const auto fits = [&](const Held& held) { return held.batch == part.batch.size(); };
+      const auto found = std::find_if(spare.begin(), spare.end(), fits);
+      if (found == spare.end()) {
+        batch_rows += part.batch.size();
+      } else {
+        spare.erase(found);
+      }
+      trees.at(part.batch.begin)
+          .add(part.column_begin / request.block_rows, {rows_of(part), part.batch.size()}, merge,
+               spare);
+    }
+  }
+  const bool whole = trees.size() == 1 && trees.begin()->second.root()->batch == request.batch &&
+                     trees.begin()->second.root()->rows == Span{0, seq_q};
+  return (batch_rows + (whole ? 0 : request.batch)) * seq_q;
+}
+
 std::int64_t reproducible_block_rows(std::int64_t seq_kv) {
-  // Eight blocks cost a few percent in merging; a block of 4,096 rows stays a small part of a
-  // shard.
+  // Each block costs a pass over the rows' state, as much as some 50 keys: 2% for 4,096 rows, which
+  // stay a small part of a long sequence. A short one has two or three blocks.
   std::int64_t rows = 128;
-  while (rows < 4096 && rows * 8 < seq_kv) rows *= 2;
+  while (rows < 4096 && rows * 2 < seq_kv) rows *= 2;
   return rows;
 }
 

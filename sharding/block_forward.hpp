@@ -13,6 +13,9 @@ std::unique_ptr<ForwardPass> make_block_forward_pass(const ForwardCall& local,
                                                      const AttentionPlan& plan,
                                                      const ExecuteOptions& options);
 
+/// Query rows, times batch rows, of all states that such a pass holds at a time, without sinks.
+std::int64_t block_state_rows(const AttentionPlan& plan);
+
 /// Rows of the grid that PlanRequest::block_rows should have: a function of the length alone.
 std::int64_t reproducible_block_rows(std::int64_t seq_kv);
 

@@ -61,6 +61,24 @@ std::int64_t total(const std::vector<Span>& spans) {
 
 }  // namespace
 
+Rates default_rates(Device device) {
+  Rates rates;
+  if (device == Device::cpu) {
+    rates.reads_in_place = true;
+    rates.hides_node_transfers = false;
+    rates.node_ranks = 1 << 20;
+    return rates;
+  }
+  rates.forward_flops = 6.3e14;
+  rates.backward_flops = 5.3e14;
+  rates.copy_bandwidth = 1.4e12;
+  rates.node_bandwidth = 4e11;
+  rates.network_bandwidth = 4.5e10;
+  rates.latency_seconds = 1e-5;
+  rates.node_ranks = 8;
+  return rates;
+}
+
 double forward_flops(std::int64_t area, const AttentionSizes& sizes) {
   return 2.0 * static_cast<double>(area) * static_cast<double>(sizes.head_dim + sizes.value_dim);
 }

@@ -24,6 +24,10 @@ struct Rates {
   bool reads_in_place = false;
 };
 
+/// Rates to go by where none were measured: of a core of a CPU whose node shares memory, or of an
+/// H100 with eight a node over NVLink and 400 Gb/s a rank between nodes.
+Rates default_rates(Device device);
+
 /// Sizes that bytes and operations depend on besides the plan.
 struct AttentionSizes {
   std::int64_t head_dim = 128;

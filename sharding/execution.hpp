@@ -6,15 +6,17 @@
 #include "kernels/attention.hpp"
 #include "sharding/attention_plan.hpp"
 #include "sharding/communicator.hpp"
+#include "sharding/stage_recorder.hpp"
 
 namespace annulus {
 
 /// What one execution of a plan cost this rank.
 struct ExecutionReport {
   double compute_seconds = 0.0;
-  double exposed_seconds = 0.0;   // waiting for transfers, copying and reducing
-  std::int64_t bytes_sent = 0;    // payload to other ranks
-  std::int64_t buffer_bytes = 0;  // most that was held at a time besides the caller's tensors
+  double exposed_seconds = 0.0;     // waiting for transfers, copying and reducing
+  std::int64_t bytes_sent = 0;      // payload to other ranks
+  std::int64_t bytes_in_place = 0;  // of other ranks, read where they lie
+  std::int64_t buffer_bytes = 0;    // most that was held at a time besides the caller's tensors
 };
 
 struct ExecuteOptions {
@@ -22,6 +24,7 @@ struct ExecuteOptions {
   /// Ranks of a node read each other's KV where it lies instead of receiving it.
   bool in_place = true;
   ExecutionReport* report = nullptr;  // added to when present
+  StageRecorder* recorder = nullptr;  // told when what was done, when present
 };
 
 /// Runs `plan` by its scheme: the functions of ring.hpp, all_gather.hpp, ulysses.hpp, hybrid.hpp.

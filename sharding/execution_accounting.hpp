@@ -11,11 +11,13 @@ class ExecutionAccounting {
       : ranks_(ranks), options_(options), bytes_before_(ranks.bytes_sent()) {}
 
   double& exposed_seconds() { return exposed_seconds_; }
+  void add_bytes_in_place(std::int64_t bytes) { bytes_in_place_ += bytes; }
   /// `buffer_bytes`: the most that the execution held at a time.
   void close(std::int64_t buffer_bytes) {
     if (options_.report == nullptr) return;
     options_.report->exposed_seconds += exposed_seconds_;
     options_.report->bytes_sent += ranks_.bytes_sent() - bytes_before_;
+    options_.report->bytes_in_place += bytes_in_place_;
     options_.report->buffer_bytes += buffer_bytes;
   }
 
@@ -24,6 +26,7 @@ class ExecutionAccounting {
   const ExecuteOptions& options_;
   std::int64_t bytes_before_;
   double exposed_seconds_ = 0.0;
+  std::int64_t bytes_in_place_ = 0;
 };
 
 }  // namespace annulus

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -11,11 +12,15 @@ namespace annulus {
 
 /// Takes fp32 partials of dK and dV back to the ranks that own the rows, one stage behind, and adds
 /// what other ranks computed for this rank's rows in the order of the stages.
+///
+/// A rank that can read its peers' memory adds their partials from where they lie: a message says
+/// where that is, and another one that the memory may be used again.
 class GradientReturn {
  public:
-  /// `grad_k` and `grad_v` are this rank's own, shaped [batch, rows, kv_heads, dim].
+  /// `grad_k` and `grad_v` are this rank's own, shaped [batch, rows, kv_heads, dim]. `in_place`,
+  /// the same on all ranks: partials lie where peers of a node can read them; collective then.
   GradientReturn(Communicator& ranks, const AttentionPlan& plan, const TensorView& grad_k,
-                 const TensorView& grad_v, Stream stream);
+                 const TensorView& grad_v, bool in_place, Stream stream);
 
   /// Cleared gradients of the stage's buffer rows.
   KvViews gradients(const Stage& stage);
@@ -23,27 +28,48 @@ class GradientReturn {
   void start(const Stage& stage);
   /// Returns when the stage's partials of other ranks are added.
   void finish(const Stage& stage);
+  /// Returns when all peers have what this rank computed for them.
+  void close();
   void progress();
   std::int64_t buffer_bytes() const;
+  /// Of peers' partials that were added from where they lie.
+  std::int64_t read_bytes() const { return read_bytes_; }
 
  private:
   struct Slot {
     Buffer outgoing;
+    std::int64_t shared_bytes = 0;  // the same in the window
     KvViews views;
     Buffer incoming;
     std::unique_ptr<Exchange> exchange;
+    std::vector<std::vector<std::int64_t>> places_out;  // by transfer of stage.receives
+    std::vector<std::vector<std::int64_t>> places_in;   // by transfer of stage.sends
+    std::unique_ptr<Exchange> release;
+    std::vector<std::byte> releases;
   };
 
   Slot& slot_of(const Stage& stage) { return slots_[static_cast<std::size_t>(stage.number % 2)]; }
-  /// Calls visit(peer, batch row, own rows, part of the incoming buffer) in the order of arrival.
+  bool readable(int peer) const { return window_ != nullptr && window_->peer(peer) != nullptr; }
+  std::int64_t slot_bytes() const;
+  void* outgoing_memory(const Stage& stage);
+  /// Calls visit(peer, rows of a batch row) for K and V of each piece that goes out.
   template <typename Visit>
-  void for_each_incoming(const Stage& stage, Slot& slot, Visit visit) const;
+  void for_each_outgoing(const Transfer& transfer, const Slot& slot, Visit visit) const;
+  /// Calls visit(own rows, arriving rows) for K and V of each piece, in the order of arrival.
+  template <typename Visit>
+  void for_each_incoming(const Stage& stage, const Slot& slot, Visit visit) const;
+  std::int64_t incoming_bytes(const Stage& stage) const;
+  void add_places(const Stage& stage, Slot& slot, std::vector<Send>& sends,
+                  std::vector<Receive>& receives) const;
+  void release_peers(const Stage& stage, Slot& slot);
 
   Communicator& ranks_;
   const AttentionPlan& plan_;
   TensorView grad_k_;
   TensorView grad_v_;
   Stream stream_;
+  std::unique_ptr<Window> window_;
+  std::int64_t read_bytes_ = 0;
   std::array<Slot, 2> slots_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "sharding/execution_accounting.hpp"
@@ -155,6 +156,7 @@ void hybrid_forward(HybridRanks& ranks, const AttentionPlan& plan, const Forward
   std::int64_t buffer_bytes = 0;
   {
     std::optional<ScopedTimer> timer(accounting.exposed_seconds());
+    std::optional<RecordedSpan> span(std::in_place, options.recorder, StageRecord::Kind::exchange);
     ExchangedProblem exchanged(exchange, plan, local.problem);
     inner.problem = exchanged.wait(local.problem);
     const Device device = local.problem.q.device;
@@ -167,8 +169,10 @@ void hybrid_forward(HybridRanks& ranks, const AttentionPlan& plan, const Forward
     inner.o = o.view;
     inner.log_sum_exp = lse.view;
     timer.reset();
+    span.reset();
     ring_forward(ranks.groups(), plan, inner, options);
     timer.emplace(accounting.exposed_seconds());
+    span.emplace(options.recorder, StageRecord::Kind::exchange);
     Pending o_back = exchange.to_rows(Rows::queries, o.view, exchanged.q_heads(), local.o, false);
     Pending lse_back;
     Cleared lse_rows;
@@ -194,6 +198,7 @@ void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const Backwa
   std::int64_t buffer_bytes = 0;
   {
     std::optional<ScopedTimer> timer(accounting.exposed_seconds());
+    std::optional<RecordedSpan> span(std::in_place, options.recorder, StageRecord::Kind::exchange);
     ExchangedProblem exchanged(exchange, plan, local.problem);
     const std::vector<Span>& q_heads = exchanged.q_heads();
     const std::vector<Span>& kv_heads = exchanged.kv_heads();
@@ -226,8 +231,10 @@ void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const Backwa
       inner.grad_bias = grad_bias.view.transposed(1, 2);
     }
     timer.reset();
+    span.reset();
     ring_backward(ranks.groups(), plan, inner, options);
     timer.emplace(accounting.exposed_seconds());
+    span.emplace(options.recorder, StageRecord::Kind::exchange);
     std::vector<Pending> back;
     back.push_back(exchange.to_rows(Rows::keys, grad_k.view, kv_heads, local.grad_k, true));
     back.push_back(exchange.to_rows(Rows::keys, grad_v.view, kv_heads, local.grad_v, true));

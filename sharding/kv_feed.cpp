@@ -1,6 +1,7 @@
 #include "sharding/kv_feed.hpp"
 
 #include <algorithm>
+#include <functional>
 
 #include "kernels/error.hpp"
 
@@ -43,13 +44,21 @@ RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows) {
 }
 
 KvFeed::KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
-               const ConstTensorView& v, const ExecuteOptions& options, Stream stream)
-    : ranks_(ranks), plan_(plan), k_(k), v_(v), stream_(stream), batch_(k.shape[0]) {
+               const ConstTensorView& v, const ExecuteOptions& options, Stream stream,
+               Reading reading)
+    : ranks_(ranks),
+      plan_(plan),
+      k_(k),
+      v_(v),
+      stream_(stream),
+      recorder_(options.recorder),
+      batch_(k.shape[0]) {
   require(ranks.size() == plan.groups() && ranks.rank() == plan.group(), ExitCode::internal,
           "{}: rank {} of {} runs the plan of rank {} of {}", name(plan.scheme()), ranks.rank(),
           ranks.size(), plan.group(), plan.groups());
   if (ranks.size() == 1) return;
-  if (options.in_place && k.device == Device::cpu) share();
+  const RecordedSpan span(recorder_, StageRecord::Kind::share);
+  if (options.in_place && k.device == Device::cpu) share(reading == Reading::joined);
   if (!sends_to(false)) return;
   if (rows_are_contiguous(k_) && rows_are_contiguous(v_)) {
     sent_ = {writable(k_), writable(v_)};
@@ -70,37 +79,92 @@ bool KvFeed::sends_to(bool readable_peers) const {
   return false;
 }
 
-void KvFeed::share() {
+void KvFeed::share(bool join_stages) {
   const std::byte mine{sends_to(false) ? std::uint8_t{1} : std::uint8_t{0}};
   std::vector<std::byte> all(static_cast<std::size_t>(ranks_.size()));
   ranks_.all_gather({&mine, 1}, all);
   if (std::count(all.begin(), all.end(), std::byte{1}) == 0) return;
-  window_ = ranks_.expose(kv_bytes(k_.shape, v_.shape, k_.dtype));
-  const KvViews shared = kv_views(window_->local(), k_.shape, v_.shape, k_.dtype, k_.device);
+  Shape k = k_.shape;
+  Shape v = v_.shape;
+  k[1] = v[1] = plan_.kv_layout().max_rows();
+  window_ = ranks_.expose(kv_bytes(k, v, k_.dtype), std::max<std::int64_t>(row_bytes(), 1));
+  if (join_stages) join();
+  copy_into_window();
+  window_->fence();
+}
+
+// Windows at equal distances are one tensor: a rank's rows begin whole rows behind the first's.
+void KvFeed::join() {
+  const bool same_rows = k_.shape[2] == v_.shape[2] && k_.shape[3] == v_.shape[3];
+  if (!same_rows || !joins_stages(plan_) || window_->stride() == 0) return;
+  if (row_bytes() == 0 || window_->stride() % row_bytes() != 0) return;
+  for (int peer = 0; peer < ranks_.size(); ++peer) {
+    if (!readable(peer)) return;
+  }
+  StagePart part;
+  std::vector<RowRun> runs;
+  for (const SequenceLayout::Chunk& chunk : plan_.kv_layout().chunks()) {
+    runs.push_back({joined_row(chunk.rank) + chunk.local_begin, chunk.global});
+    part.rows.end = std::max(part.rows.end, runs.back().rows().end);
+  }
+  part.batch = {0, batch_};
+  part.slices = localize(plan_.request().mask, plan_.q_layout().runs(plan_.group()), {&runs, 1});
+  std::sort(runs.begin(), runs.end(),
+            [](const RowRun& a, const RowRun& b) { return a.begin < b.begin; });
+  part.positions = positions_of(runs);
+  joined_ = std::move(part);
+}
+
+// The rows that peers want, and those that this rank itself reads beside theirs.
+void KvFeed::copy_into_window() {
+  const KvViews shared = window_views(window_->local());
   std::vector<Span> wanted;
   for (const Stage& stage : plan_.stages()) {
     for (const Transfer& transfer : stage.sends) {
       if (!readable(transfer.peer)) continue;
       for (const Piece& piece : transfer.pieces) wanted.push_back(piece.rows);
     }
+    if (stage.number != 0 || !joined_) continue;
+    for (const Slice& slice : stage.slices.slices) wanted.push_back(slice.k);
   }
-  std::sort(wanted.begin(), wanted.end(), [](Span a, Span b) { return a.begin < b.begin; });
-  std::int64_t done = 0;
-  for (const Span span : wanted) {
-    const Span rows{std::max(span.begin, done), span.end};
-    if (rows.empty()) continue;
+  unite(wanted);
+  shared_rows_ = 0;
+  for (const Span rows : wanted) shared_rows_ += rows.size();
+  if (2 * shared_rows_ > k_.shape[1]) {
+    const TensorView& last = shared.v;
+    window_->expect(0, static_cast<const std::byte*>(last.data) -
+                           static_cast<const std::byte*>(window_->local()) +
+                           last.shape.elements() * size_bytes(last.dtype));
+  }
+  for (const Span rows : wanted) {
     copy(k_.slice(1, rows), shared.k.slice(1, rows));
     copy(v_.slice(1, rows), shared.v.slice(1, rows));
-    done = rows.end;
   }
-  window_->fence();
 }
 
-KvViews KvFeed::peer_views(int peer) const {
+KvViews KvFeed::window_views(const void* memory) const {
   Shape k = k_.shape;
   Shape v = v_.shape;
-  k[1] = v[1] = plan_.kv_layout().rows(peer);
-  return kv_views(const_cast<void*>(window_->peer(peer)), k, v, k_.dtype, k_.device);
+  k[1] = v[1] = plan_.kv_layout().max_rows();
+  return kv_views(const_cast<void*>(memory), k, v, k_.dtype, k_.device);
+}
+
+const std::byte* KvFeed::first_window() const {
+  const void* first = window_->local();
+  for (int peer = 0; peer < ranks_.size(); ++peer) {
+    first = std::min(first, window_->peer(peer), std::less<>());
+  }
+  return static_cast<const std::byte*>(first);
+}
+
+std::int64_t KvFeed::joined_row(int peer) const {
+  return (static_cast<const std::byte*>(window_->peer(peer)) - first_window()) / row_bytes();
+}
+
+std::pair<ConstTensorView, ConstTensorView> KvFeed::joined_views() const {
+  KvViews views = window_views(first_window());
+  views.k.shape[1] = views.v.shape[1] = joined_->rows.end;
+  return {views.k, views.v};
 }
 
 bool KvFeed::in_place(const Stage& stage) const {
@@ -151,13 +215,20 @@ void KvFeed::start(const Stage& stage) {
     }
   }
   if (!sends.empty() || !receives.empty()) {
+    if (recorder_ != nullptr) slot.begin_ns = record_clock_ns();
     slot.exchange = ranks_.exchange(sends, receives, stream_);
   }
 }
 
 void KvFeed::wait(const Stage& stage) {
   Slot& slot = slot_of(stage);
-  if (slot.exchange != nullptr) slot.exchange->wait(stream_);
+  if (slot.exchange != nullptr) {
+    slot.exchange->wait(stream_);
+    if (recorder_ != nullptr) {
+      recorder_->add({StageRecord::Kind::transfer, stage.number, -1, received_bytes(stage),
+                      slot.begin_ns, record_clock_ns()});
+    }
+  }
   slot.exchange.reset();
   if (stage.number > 0 && !in_place(stage)) copy_readable(stage);
 }
@@ -171,7 +242,7 @@ void KvFeed::progress() {
 void KvFeed::copy_readable(const Stage& stage) {
   for (const Transfer& transfer : stage.receives) {
     if (!readable(transfer.peer)) continue;
-    const KvViews from = peer_views(transfer.peer);
+    const KvViews from = window_views(window_->peer(transfer.peer));
     const KvViews& to = slot_of(stage).views;
     for (const Piece& piece : transfer.pieces) {
       const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
@@ -189,7 +260,7 @@ std::pair<ConstTensorView, ConstTensorView> KvFeed::views(const Stage& stage,
   ConstTensorView v = v_;
   Span rows = part.rows;
   if (part.peer >= 0) {
-    const KvViews peer = peer_views(part.peer);
+    const KvViews peer = window_views(window_->peer(part.peer));
     k = peer.k;
     v = peer.v;
     rows = {part.peer_row, part.peer_row + part.rows.size()};
@@ -200,10 +271,25 @@ std::pair<ConstTensorView, ConstTensorView> KvFeed::views(const Stage& stage,
   return {k.slice(0, part.batch).slice(1, rows), v.slice(0, part.batch).slice(1, rows)};
 }
 
+std::int64_t KvFeed::bytes_of(const Stage& stage, bool in_place) const {
+  std::int64_t rows = 0;
+  for (const Transfer& transfer : stage.receives) {
+    const bool remote = transfer.peer != ranks_.rank();
+    if (remote && readable(transfer.peer) == in_place) rows += transfer.rows(batch_);
+  }
+  return rows * k_.shape[2] * (k_.shape[3] + v_.shape[3]) * size_bytes(k_.dtype);
+}
+
+std::int64_t KvFeed::read_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Stage& stage : plan_.stages()) bytes += read_bytes(stage);
+  return bytes;
+}
+
 std::int64_t KvFeed::buffer_bytes() const {
   std::int64_t bytes = packed_.bytes() + slots_[0].memory.bytes() + slots_[1].memory.bytes();
   // Pages of a window that nobody reads are never touched.
-  if (window_ != nullptr && sends_to(true)) bytes += kv_bytes(k_.shape, v_.shape, k_.dtype);
+  bytes += batch_ * shared_rows_ * k_.shape[2] * (k_.shape[3] + v_.shape[3]) * size_bytes(k_.dtype);
   return bytes;
 }
 

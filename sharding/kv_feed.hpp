@@ -3,6 +3,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels/buffer.hpp"
@@ -34,9 +35,15 @@ RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows);
 /// them in one piece.
 class KvFeed {
  public:
+  enum class Reading : std::uint8_t {
+    stages,  // one after the other
+    joined,  // all at once where that is possible
+  };
+
   /// Collective when `in_place` is asked for.
   KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
-         const ConstTensorView& v, const ExecuteOptions& options, Stream stream);
+         const ConstTensorView& v, const ExecuteOptions& options, Stream stream,
+         Reading reading = Reading::stages);
 
   /// Starts to move the rows of a stage; its buffer must not be in use.
   void start(const Stage& stage);
@@ -45,29 +52,49 @@ class KvFeed {
   /// Moves transfers on; cheap.
   void progress();
 
+  /// All stages as one part, where every row that they need can be read where it lies; absent
+  /// otherwise. Its rows are those of joined_views().
+  const std::optional<StagePart>& joined() const { return joined_; }
+  std::pair<ConstTensorView, ConstTensorView> joined_views() const;
+  /// True when some peers read each other's rows. The same on all ranks.
+  bool shares() const { return window_ != nullptr; }
+
   /// True when the stage's rows are read where they lie: its parts are then pieces.
   bool in_place(const Stage& stage) const;
   /// Keys and values of a part's rows, for its batch rows.
   std::pair<ConstTensorView, ConstTensorView> views(const Stage& stage,
                                                     const StagePart& part) const;
   std::int64_t buffer_bytes() const;
+  /// Of the stage's rows, those that peers send, and those that are read from their memory.
+  std::int64_t received_bytes(const Stage& stage) const { return bytes_of(stage, false); }
+  std::int64_t read_bytes(const Stage& stage) const { return bytes_of(stage, true); }
+  std::int64_t read_bytes() const;
 
  private:
   struct Slot {
     Buffer memory;
     KvViews views;
     std::unique_ptr<Exchange> exchange;
+    std::int64_t begin_ns = 0;  // of the exchange, where it is recorded
   };
 
   /// Makes the rows that peers want readable for those of them that can read. Collective.
-  void share();
+  void share(bool join);
+  void join();
+  void copy_into_window();
   bool sends_to(bool readable_peers) const;
   bool readable(int peer) const { return window_ != nullptr && window_->peer(peer) != nullptr; }
-  KvViews peer_views(int peer) const;
+  /// A rank's rows in its window, which has room for those of the rank with the most.
+  KvViews window_views(const void* memory) const;
+  std::int64_t row_bytes() const { return k_.shape[2] * k_.shape[3] * size_bytes(k_.dtype); }
+  /// The first of the ranks' windows, and where a rank's rows begin in it.
+  const std::byte* first_window() const;
+  std::int64_t joined_row(int peer) const;
   Slot& slot_of(const Stage& stage) { return slots_[static_cast<std::size_t>(stage.number % 2)]; }
   const Slot& slot_of(const Stage& stage) const {
     return slots_[static_cast<std::size_t>(stage.number % 2)];
   }
+  std::int64_t bytes_of(const Stage& stage, bool in_place) const;
   void prepare_buffer(const Stage& stage);
   void copy_readable(const Stage& stage);
 
@@ -76,10 +103,13 @@ class KvFeed {
   ConstTensorView k_;  // of this rank
   ConstTensorView v_;
   Stream stream_;
+  StageRecorder* recorder_;
   std::int64_t batch_ = 0;
   Buffer packed_;
   KvViews sent_;  // the same in contiguous rows, where messages are sent
   std::unique_ptr<Window> window_;
+  std::int64_t shared_rows_ = 0;  // of the window, of each batch row
+  std::optional<StagePart> joined_;
   std::array<Slot, 2> slots_;
 };
 

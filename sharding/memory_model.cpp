@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "sharding/block_forward.hpp"
 #include "sharding/stage_parts.hpp"
 
 namespace annulus {
@@ -23,13 +24,33 @@ struct BufferUse {
   bool receives = false;
   bool carries_state = false;  // several kernel calls for the same rows
   int received_parities[2] = {0, 0};
+  std::int64_t shared_rows = 0;  // that lie in a window, for peers to read
 };
 
-BufferUse use_of(const AttentionPlan& plan, bool in_place) {
+// Rows that peers read, and those that the rank reads beside theirs where stages are joined.
+std::int64_t shared_rows(const AttentionPlan& plan, bool joined) {
+  std::vector<Span> rows;
+  for (const Stage& stage : plan.stages()) {
+    for (const Transfer& transfer : stage.sends) {
+      for (const Piece& piece : transfer.pieces) rows.push_back(piece.rows);
+    }
+    if (stage.number != 0 || !joined) continue;
+    for (const Slice& slice : stage.slices.slices) rows.push_back(slice.k);
+  }
+  unite(rows);
+  std::int64_t total = 0;
+  for (const Span span : rows) total += span.size();
+  return total;
+}
+
+BufferUse use_of(const AttentionPlan& plan, bool in_place, bool joined) {
   BufferUse use;
+  if (in_place) use.shared_rows = shared_rows(plan, joined);
+  if (joined) return use;
+  const bool blocks = plan.request().block_rows > 0;
   std::size_t calls = 0;
   for (const Stage& stage : plan.stages()) {
-    const bool by_piece = in_place && stage.number > 0 && few_pieces(stage);
+    const bool by_piece = in_place && !blocks && stage.number > 0 && few_pieces(stage);
     if (!stage.slices.slices.empty()) {
       for (const Transfer& transfer : stage.receives)
         calls += by_piece ? transfer.pieces.size() : 0;
@@ -41,7 +62,7 @@ BufferUse use_of(const AttentionPlan& plan, bool in_place) {
     if (stage.number == 0) continue;
     use.sends = use.sends || !stage.sends.empty();
     use.receives = use.receives || stage.buffer_rows > 0;
-    if (in_place && few_pieces(stage)) continue;
+    if (in_place && !blocks && few_pieces(stage)) continue;
     if (stage.buffer_rows > 0) use.received_parities[stage.number % 2] = 1;
   }
   return use;
@@ -74,12 +95,16 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
                                   bool in_place) {
   const PlanRequest& request = plan.request();
   const std::int64_t batch = request.batch;
-  const BufferUse use = use_of(plan, in_place && plan.scheme() != Scheme::all_gather);
   const bool by_head = plan.scheme() == Scheme::all_gather;
+  const bool joined = in_place && sizes.head_dim == sizes.value_dim && joins_stages(plan);
+  const BufferUse use = use_of(plan, in_place && !by_head, joined);
   const std::int64_t q_rows = batch * plan.q_layout().rows(plan.group());
   const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
   std::int64_t bytes = 0;
-  if (use.carries_state) {
+  if (request.block_rows > 0) {
+    const std::int64_t heads = by_head ? plan.group_size() : own_q_heads(plan);
+    bytes += block_state_rows(plan) * heads * (sizes.value_dim + 2) * kFloatBytes;
+  } else if (use.carries_state) {
     bytes += q_rows * own_q_heads(plan) * (sizes.value_dim + 2) * kFloatBytes;
   }
   const std::int64_t own = kv_buffer_bytes(batch, plan.kv_layout().rows(plan.group()), kv_heads,
@@ -92,7 +117,7 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
     const bool packs = use.sends && request.kv_heads > 1;
     bytes += heads * ((packs ? own : 0) + (use.receives ? remote : 0));
   } else {
-    if (in_place && use.sends) bytes += own;  // the window
+    bytes += kv_buffer_bytes(batch, use.shared_rows, kv_heads, sizes, sizes.element_bytes);
     bytes += (use.received_parities[0] + use.received_parities[1]) * remote;
   }
   if (plan.head_ranks() == 1) return bytes;
@@ -115,8 +140,8 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
                                    bool in_place) {
   const PlanRequest& request = plan.request();
   const std::int64_t batch = request.batch;
-  const BufferUse use = use_of(plan, in_place && plan.scheme() != Scheme::all_gather);
   const bool by_head = plan.scheme() == Scheme::all_gather;
+  const BufferUse use = use_of(plan, in_place && !by_head, false);
   const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
   const std::int64_t own_rows = plan.kv_layout().rows(plan.group());
   const auto kv = [&](std::int64_t rows, std::int64_t element_bytes) {
@@ -129,6 +154,7 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
   for (const Stage& stage : plan.stages()) {
     const int turn = stage.number % 2;
     if (stage.number > 0 && stage.buffer_rows > 0) outgoing[turn] = kv(remote, kFloatBytes);
+    if (in_place && !by_head) continue;  // peers' partials are added from where they lie
     std::int64_t rows = 0;
     for (const Transfer& transfer : stage.sends) rows += transfer.rows(batch);
     incoming[turn] = std::max(incoming[turn],
@@ -142,7 +168,7 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
                       (use.receives ? kv(remote, sizes.element_bytes) : 0) + outgoing[1]) +
              incoming[1];
   } else {
-    if (in_place && use.sends) bytes += kv(own_rows, sizes.element_bytes);  // the window
+    bytes += kv(use.shared_rows, sizes.element_bytes);
     bytes +=
         (use.received_parities[0] + use.received_parities[1]) * kv(remote, sizes.element_bytes);
     bytes += outgoing[0] + outgoing[1] + incoming[0] + incoming[1];

@@ -38,6 +38,11 @@ class Schedule {
   std::vector<const Stage*> stages_;
 };
 
+// The only rank that a stage's rows come from; -1: several, or none.
+int peer_of(const Stage& stage) {
+  return stage.receives.size() == 1 ? stage.receives.front().peer : -1;
+}
+
 }  // namespace
 
 void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
@@ -47,18 +52,28 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
   const AttentionProblem& problem = local.problem;
   KvFeed feed = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
-    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
+    const bool by_columns = problem.bias || problem.dense_mask;
+    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream,
+                  by_columns ? KvFeed::Reading::stages : KvFeed::Reading::joined);
   }();
   const std::unique_ptr<ForwardPass> pass = make_forward_pass(local, plan, options);
+  if (feed.joined()) {
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute, 0, -1, feed.read_bytes());
+    const auto [k, v] = feed.joined_views();
+    if (!feed.joined()->slices.slices.empty()) pass->add(*feed.joined(), k, v, true);
+  }
   const int last = schedule.last_with_work();
-  for (int number = 0; number < schedule.count(); ++number) {
+  for (int number = 0; number < schedule.count() && !feed.joined(); ++number) {
     {
       const ScopedTimer timer(accounting.exposed_seconds());
+      const RecordedSpan span(options.recorder, StageRecord::Kind::wait, number);
       if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
       if (schedule.at(number) != nullptr) feed.wait(*schedule.at(number));
     }
     if (schedule.at(number) == nullptr) continue;
     const Stage& stage = *schedule.at(number);
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute, number, peer_of(stage),
+                            feed.read_bytes(stage));
     const std::vector<StagePart> parts = forward_parts(stage, problem, plan, feed.in_place(stage));
     for (const StagePart& part : parts) {
       const auto [k, v] = feed.views(stage, part);
@@ -67,6 +82,7 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     }
   }
   pass->finish();
+  accounting.add_bytes_in_place(feed.read_bytes());
   accounting.close(feed.buffer_bytes() + pass->buffer_bytes());
 }
 
@@ -79,18 +95,27 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
     const ScopedTimer timer(accounting.exposed_seconds());
     return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
   }();
-  GradientReturn back(ranks, plan, local.grad_k, local.grad_v, local.stream);
+  GradientReturn back = [&] {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    return GradientReturn(ranks, plan, local.grad_k, local.grad_v, feed.shares(), local.stream);
+  }();
   BackwardPass pass(local, plan.q_layout().runs(plan.group()), options);
   for (int number = 0; number <= schedule.count(); ++number) {
     const Stage* stage = schedule.at(number);
     {
       const ScopedTimer timer(accounting.exposed_seconds());
+      const RecordedSpan span(options.recorder, StageRecord::Kind::wait, number);
       if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
       if (stage != nullptr) feed.wait(*stage);
     }
     KvViews gradients{local.grad_k, local.grad_v};
-    if (stage != nullptr && number > 0) gradients = back.gradients(*stage);
+    if (stage != nullptr && number > 0) {
+      const ScopedTimer timer(accounting.exposed_seconds());
+      gradients = back.gradients(*stage);
+    }
     if (stage != nullptr) {
+      const RecordedSpan span(options.recorder, StageRecord::Kind::compute, number, peer_of(*stage),
+                              feed.read_bytes(*stage));
       for (const StagePart& part : backward_parts(*stage, problem, feed.in_place(*stage))) {
         const auto [k, v] = feed.views(*stage, part);
         pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
@@ -100,9 +125,15 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
       }
     }
     const ScopedTimer timer(accounting.exposed_seconds());
+    const RecordedSpan span(options.recorder, StageRecord::Kind::reduction, number - 1);
     if (schedule.at(number - 1) != nullptr && number > 1) back.finish(*schedule.at(number - 1));
     if (stage != nullptr && number > 0) back.start(*stage);
   }
+  {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    back.close();
+  }
+  accounting.add_bytes_in_place(feed.read_bytes() + back.read_bytes());
   accounting.close(feed.buffer_bytes() + back.buffer_bytes());
 }
 

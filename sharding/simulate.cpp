@@ -7,6 +7,7 @@
 
 #include "kernels/error.hpp"
 #include "sharding/memory_model.hpp"
+#include "sharding/stage_parts.hpp"
 
 namespace annulus {
 namespace {
@@ -36,12 +37,15 @@ class RankWalk {
         (backward ? backward_buffer_bytes(plan_, sizes, rates.reads_in_place)
                   : forward_buffer_bytes(plan_, sizes, rates.reads_in_place));
     for (const Stage& stage : plan_.stages()) stages_[stage.number] = &stage;
+    joined_ = reads_all_in_place();
     exchange_heads();
     clock_ = timeline_.head_exchange_seconds + share_seconds();
     timeline_.exposed_seconds = clock_;
   }
 
   const AttentionPlan& plan() const { return plan_; }
+  /// One call computes all stages: this rank waits for nobody.
+  bool joined() const { return joined_; }
   double clock() const { return clock_; }
   int last_number() const { return stages_.empty() ? 0 : stages_.rbegin()->first; }
   const Stage* stage(int number) const {
@@ -99,6 +103,15 @@ class RankWalk {
   }
 
  private:
+  bool reads_all_in_place() const {
+    if (pass_ == Pass::backward || !rates_.reads_in_place) return false;
+    if (sizes_.head_dim != sizes_.value_dim || !joins_stages(plan_)) return false;
+    for (int group = 0; group < plan_.groups(); ++group) {
+      if (!same_node(group)) return false;
+    }
+    return true;
+  }
+
   std::int64_t kv_row_elements() const {
     return plan_.kv_heads_of(plan_.head_rank()).size() * (sizes_.head_dim + sizes_.value_dim);
   }
@@ -125,13 +138,14 @@ class RankWalk {
     return static_cast<double>(received(stage).node) / rates_.node_bandwidth;
   }
 
-  // Partials that others computed for this rank's rows, and clearing its own.
+  // Partials that others computed for this rank's rows, added from where they lie or after they
+  // came, and clearing its own.
   double return_seconds(const Stage& stage) const {
     const LinkBytes in = bytes_of(stage.sends, kFloatBytes);
     const LinkBytes out = bytes_of(stage.receives, kFloatBytes);
     double seconds = static_cast<double>(out.node + out.network) / rates_.copy_bandwidth;
     seconds += 2.0 * static_cast<double>(in.node + in.network) / rates_.copy_bandwidth;
-    if (!rates_.hides_node_transfers)
+    if (!rates_.hides_node_transfers && !rates_.reads_in_place)
       seconds += static_cast<double>(in.node) / rates_.node_bandwidth;
     return seconds;
   }
@@ -153,12 +167,13 @@ class RankWalk {
     const double seconds = pass_ == Pass::forward
                                ? heads * forward_flops(area, sizes_) / rates_.forward_flops
                                : heads * backward_flops(area, sizes_) / rates_.backward_flops;
+    if (joined_ && stage.number > 0) return seconds;
     return seconds + rates_.call_seconds + (pass_ == Pass::forward ? resume_seconds() : 0.0);
   }
 
   // The running state is read and written again by every stage but the only one.
   double resume_seconds() const {
-    if (plan_.stages().size() < 2) return 0.0;
+    if (joined_ || plan_.stages().size() < 2) return 0.0;
     const auto rows =
         static_cast<double>(plan_.request().batch * plan_.q_layout().rows(plan_.group()) *
                             plan_.q_heads_of(plan_.head_rank()).size());
@@ -205,6 +220,7 @@ class RankWalk {
   RankTimeline timeline_;
   double clock_ = 0.0;
   double back_share_ = 0.0;
+  bool joined_ = false;
 };
 
 std::vector<int> followed_ranks(const PlanRequest& request, int head_ranks,
@@ -243,7 +259,7 @@ void walk(std::vector<RankWalk>& walks) {
     for (std::size_t i = 0; i < walks.size(); ++i) {
       start[i] = begin[i];
       const Stage* stage = walks[i].stage(number);
-      if (stage == nullptr || number == 0) continue;
+      if (stage == nullptr || number == 0 || walks[i].joined()) continue;
       std::vector<std::size_t> senders;
       for (const Transfer& transfer : stage->receives) {
         const AttentionPlan& plan = walks[i].plan();

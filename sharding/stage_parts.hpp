@@ -32,6 +32,11 @@ enum class Granularity : std::uint8_t {
 /// gather them, where peers' memory can be read.
 bool few_pieces(const Stage& stage);
 
+/// Whether a rank that can read all its peers' rows computes on all of them in one kernel call: no
+/// state to carry and no stage to wait for. Not with a mask of so many slices that every tile of
+/// the call would search them.
+bool joins_stages(const AttentionPlan& plan);
+
 /// Parts with something to compute, in the order of the buffer.
 std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
                                 std::int64_t block_rows = 0);

@@ -131,6 +131,25 @@ std::vector<AttentionCase> feature_cases() {
   return cases;
 }
 
+std::vector<AttentionCase> length_cases(bool all) {
+  std::vector<AttentionCase> cases{
+      make_case("840", causal_mask(), 840),
+      make_case("1000", window_mask(128, 0), 1000),
+      make_case("3824", causal_mask(), 3824),
+      make_case("4232 documents", document_mask({0, 120, 1248, 4232}, 4232), 4232),
+      make_case("704 documents", document_mask({0, 698, 704}, 704, false), 704),
+  };
+  if (all) {
+    cases.push_back(make_case("10000", window_mask(512, 512), 10000));
+    cases.push_back(make_case("11021", causal_mask(), 11021));
+  }
+  for (AttentionCase& c : cases) {
+    c.q_heads = 2;
+    c.kv_heads = 1;
+  }
+  return cases;
+}
+
 std::vector<Choice> choices(int ranks) {
   std::vector<Choice> all{
       {Scheme::ring, 1}, {Scheme::all_gather, 1}, {Scheme::ulysses, 1}, {Scheme::hybrid, 1}};

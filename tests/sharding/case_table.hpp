@@ -21,6 +21,10 @@ AttentionCase make_case(std::string name, AttentionMask mask, std::int64_t seq,
 std::vector<AttentionCase> mask_cases();
 std::vector<AttentionCase> feature_cases();
 
+/// Odd lengths, documents that end beside rank boundaries, one longer than all others together;
+/// `all`: those that take a while too.
+std::vector<AttentionCase> length_cases(bool all);
+
 /// A way to run a case on some ranks.
 struct Choice {
   Scheme scheme;

@@ -54,28 +54,8 @@ TEST(Schemes, EqualTheReferenceForEveryMask) { run_matrix(mask_cases(), 7); }
 
 TEST(Schemes, EqualTheReferenceForEveryFeature) { run_matrix(feature_cases(), 5); }
 
-// Odd lengths, documents that end beside rank boundaries, one longer than all others together.
-std::vector<AttentionCase> length_cases() {
-  std::vector<AttentionCase> cases{
-      make_case("840", causal_mask(), 840),
-      make_case("1000", window_mask(128, 0), 1000),
-      make_case("3824", causal_mask(), 3824),
-      make_case("4232 documents", document_mask({0, 120, 1248, 4232}, 4232), 4232),
-      make_case("704 documents", document_mask({0, 698, 704}, 704, false), 704),
-  };
-  if (std::getenv("ANNULUS_FULL_MATRIX") != nullptr) {
-    cases.push_back(make_case("10000", window_mask(512, 512), 10000));
-    cases.push_back(make_case("11021", causal_mask(), 11021));
-  }
-  for (AttentionCase& c : cases) {
-    c.q_heads = 2;
-    c.kv_heads = 1;
-  }
-  return cases;
-}
-
 TEST(Schemes, EqualTheReferenceForOddLengths) {
-  for (const AttentionCase& c : length_cases()) {
+  for (const AttentionCase& c : length_cases(std::getenv("ANNULUS_FULL_MATRIX") != nullptr)) {
     const std::uint64_t seed = fresh_random_seed();
     AttentionTensors expected = random_tensors(c, seed);
     run_reference(c, expected);
