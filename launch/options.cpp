@@ -98,6 +98,8 @@ void bind_execution(CLI::App& app, RunOptions& options) {
   app.add_flag("--check-finite", options.check_finite, "refuse NaN and Inf in inputs and results");
   app.add_option("--timeout", options.timeout_seconds, "seconds without progress before the end")
       ->check(number_where([](double x) { return x > 0.0; }, "above 0"));
+  app.add_option("--rates", options.rates,
+                 "for --op auto: measured rates, of `bench ring --rates-out`");
   app.add_option("--trace", options.trace, "write a trace of the stages (JSON)");
   app.add_flag("--json", options.json, "report for machines");
 }

@@ -38,6 +38,7 @@ struct RunOptions {
   bool check_finite = false;
   double timeout_seconds = 30.0;
   std::string trace;
+  std::string rates;  // that auto goes by
   bool json = false;
   bool force = false;
 

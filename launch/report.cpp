@@ -24,11 +24,11 @@ std::string format_bytes(std::int64_t bytes) {
 
 std::string report_line(const Report& report) {
   return fmt::format(
-      "{} over {}: {}, {:.3g} TFLOP/s, compute {}, exposed communication {}, sent {}, imbalance "
-      "{:.2f}",
+      "{} over {}: {}, {:.3g} TFLOP/s, compute {}, exposed communication {}, sent {}, read in "
+      "place {}, imbalance {:.2f}",
       report.operation, report.mesh, format_seconds(report.seconds), report.tflops,
       format_seconds(report.compute_seconds), format_seconds(report.exposed_communication_seconds),
-      format_bytes(report.bytes_sent), report.imbalance);
+      format_bytes(report.bytes_sent), format_bytes(report.bytes_in_place), report.imbalance);
 }
 
 nlohmann::json to_json(const Report& report) {
@@ -39,6 +39,7 @@ nlohmann::json to_json(const Report& report) {
           {"compute_seconds", report.compute_seconds},
           {"exposed_communication_seconds", report.exposed_communication_seconds},
           {"bytes_sent", report.bytes_sent},
+          {"bytes_in_place", report.bytes_in_place},
           {"imbalance", report.imbalance},
           {"tflops", report.tflops}};
 }
@@ -49,8 +50,8 @@ Report report_from_text(const std::string& text) {
     return {json.at("operation"),       json.at("mesh"),
             json.at("ranks"),           json.at("seconds"),
             json.at("compute_seconds"), json.at("exposed_communication_seconds"),
-            json.at("bytes_sent"),      json.at("imbalance"),
-            json.at("tflops")};
+            json.at("bytes_sent"),      json.value("bytes_in_place", std::int64_t{0}),
+            json.at("imbalance"),       json.at("tflops")};
   } catch (const nlohmann::json::exception& error) {
     throw Error(ExitCode::bad_data, fmt::format("not the report of a run: {}", error.what()));
   }

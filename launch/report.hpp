@@ -15,6 +15,7 @@ struct Report {
   double compute_seconds = 0.0;                // mean over the ranks
   double exposed_communication_seconds = 0.0;  // mean over the ranks
   std::int64_t bytes_sent = 0;                 // sum over the ranks
+  std::int64_t bytes_in_place = 0;             // of other ranks, read where they lie; sum
   double imbalance = 1.0;                      // largest share of the kept pairs over the mean
   double tflops = 0.0;                         // kept products and sums only
 };

@@ -28,6 +28,7 @@
 #include "runtime/operation_log.hpp"
 #include "runtime/operation_registry.hpp"
 #include "runtime/statement.hpp"
+#include "runtime/trace.hpp"
 #include "runtime/watchdog.hpp"
 #include "sharding/mesh.hpp"
 
@@ -60,6 +61,11 @@ std::unique_ptr<OperationImpl> make_operation(Context& context, const RunOptions
   config.transport = parse_transport(options.transport);
   config.softmax_scale = options.scale;
   config.dropout_prob = options.dropout;
+  if (!options.rates.empty()) {
+    OperationTuning tuning;
+    tuning.rates = options.rates;
+    config.operation_configs = {{options.operation, tuning}};
+  }
   return OperationRegistry::create(options.operation, resolve_metadata(context, config));
 }
 
@@ -89,13 +95,15 @@ struct RankFigures {
   double compute = 0.0;
   double exposed = 0.0;
   double bytes = 0.0;
+  double bytes_in_place = 0.0;
 };
 
 // Figures of one step over all ranks. Collective.
 Report make_report(Context& context, const RunOptions& options, const Mesh& mesh,
                    const AttentionShape& shape, const OperationReport& mine, double seconds) {
   const RankFigures figures{seconds, mine.compute_seconds, mine.exposed_communication_seconds,
-                            static_cast<double>(mine.bytes_sent)};
+                            static_cast<double>(mine.bytes_sent),
+                            static_cast<double>(mine.bytes_in_place)};
   std::vector<RankFigures> all(static_cast<std::size_t>(context.size()));
   context.world().all_gather(std::as_bytes(std::span(&figures, 1)),
                              std::as_writable_bytes(std::span(all)));
@@ -109,6 +117,7 @@ Report make_report(Context& context, const RunOptions& options, const Mesh& mesh
     report.compute_seconds += rank.compute / ranks;
     report.exposed_communication_seconds += rank.exposed / ranks;
     report.bytes_sent += static_cast<std::int64_t>(rank.bytes);
+    report.bytes_in_place += static_cast<std::int64_t>(rank.bytes_in_place);
   }
   report.imbalance = mine.imbalance;
   // A pair costs a product and a sum in each dimension of keys and of values.
@@ -139,6 +148,7 @@ OperationReport sum_of(const OperationReport& forward, const OperationReport& ba
   sum.compute_seconds += backward.compute_seconds;
   sum.exposed_communication_seconds += backward.exposed_communication_seconds;
   sum.bytes_sent += backward.bytes_sent;
+  sum.bytes_in_place += backward.bytes_in_place;
   return sum;
 }
 
@@ -176,6 +186,7 @@ Report run(Context& context, const RunOptions& options) {
   const RunInput input =
       read_input(context, checkpoint, layouts, operation->metadata().runtime_dtype);
   if (options.check_finite) check_finite_input(context, input);
+  if (!options.trace.empty()) start_trace();
 
   context.world().barrier();  // reading is not timed
   operation_log().enter_phase("computing");
@@ -189,6 +200,7 @@ Report run(Context& context, const RunOptions& options) {
     gradients = operation->backward(input.view(), attention, output, grad_output);
   }
   const double seconds = seconds_since(begin);
+  if (!options.trace.empty()) write_trace(context.world(), options.trace);
   if (options.check_finite) check_finite_output(context, output, gradients);
 
   Provenance provenance{
@@ -210,8 +222,6 @@ void run_attention(Arguments arguments) {
   if (!options) return;
   require(options->backward == !options->input.dataset(CheckpointField::grad_output).empty(),
           ExitCode::usage, "annulus run: --backward and --grad-output go together");
-  require(options->trace.empty(), ExitCode::usage,
-          "annulus run: --trace: the stages of a run are not recorded; see `annulus bench`");
   Watchdog::of_process().start(options->timeout_seconds);
   Context context;
   const Report report = run(context, *options);

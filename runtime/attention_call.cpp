@@ -7,6 +7,7 @@
 #include "kernels/error.hpp"
 #include "kernels/work_meter.hpp"
 #include "runtime/redistribute.hpp"
+#include "runtime/trace.hpp"
 #include "sharding/block_forward.hpp"
 
 namespace annulus {
@@ -197,6 +198,7 @@ void AttentionCall::state(Statement& statement) const {
       .add("kernel", tuning.kernel)
       .add("stage rows", tuning.stage_rows)
       .add("reading in place", tuning.in_place)
+      .add("rates", tuning.rates)
       .add("causal", operation_.causal(options_))
       .add("scale", options_.scale.value_or(metadata.softmax_scale.value_or(0.0F)))
       .add("soft cap", options_.soft_cap)
@@ -264,6 +266,7 @@ WorkingInput AttentionCall::bring(const DistributedTensor& from, DimOrder order,
   input.view = in_bthd(from.local(), order);
   const TensorLayout layout = bthd_layout(from.layout(), order);
   if (!same_shards(layout, to)) {
+    const RecordedSpan span(trace_recorder(), StageRecord::Kind::exchange);
     // Narrow first: fewer bytes travel.
     if (size_bytes(dtype) < size_bytes(input.view.dtype)) {
       input.cast = Tensor::copy_of(input.view, dtype);
@@ -333,6 +336,7 @@ DistributedTensor AttentionCall::leave(DistributedTensor result, const TensorLay
   }
   if (same_shards(result.layout(), wanted)) return result;
   const auto begin = Clock::now();
+  const RecordedSpan span(trace_recorder(), StageRecord::Kind::exchange);
   const std::int64_t bytes_before = context_.world().bytes_sent();
   result = redistribute(result, wanted, context_.world());
   report_.exposed_communication_seconds += seconds_since(begin);
@@ -381,6 +385,7 @@ ExecuteOptions AttentionCall::execute_options(ExecutionReport& execution) const 
   }
   options.in_place = operation_.tuning().in_place;
   options.report = &execution;
+  options.recorder = trace_recorder();
   return options;
 }
 
@@ -388,6 +393,7 @@ void AttentionCall::account(const ExecutionReport& execution) {
   report_.compute_seconds += execution.compute_seconds;
   report_.exposed_communication_seconds += execution.exposed_seconds;
   report_.bytes_sent += execution.bytes_sent;
+  report_.bytes_in_place += execution.bytes_in_place;
   report_.buffer_bytes = std::max(report_.buffer_bytes, execution.buffer_bytes);
 }
 
@@ -404,6 +410,7 @@ void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) 
     execute_forward(kernel_ranks(), *plan_, call, options);
   } else if (call.problem.seq_q() > 0) {
     const auto begin = Clock::now();
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute);
     attention_forward(call, options.backend);
     synchronize(device_, call.stream);
     execution.compute_seconds = seconds_since(begin);
@@ -421,6 +428,7 @@ void AttentionCall::backward(BackwardCall& call) {
     execute_backward(kernel_ranks(), *plan_, call, options);
   } else if (call.problem.seq_q() > 0) {
     const auto begin = Clock::now();
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute);
     attention_backward(call, options.backend);
     synchronize(device_, call.stream);
     execution.compute_seconds = seconds_since(begin);

@@ -21,6 +21,9 @@ struct OperationTuning {
   std::int64_t stage_rows = 1024;
   /// Ranks of a node read each other's keys and values where they lie.
   bool in_place = true;
+  /// `auto`: a file of measured rates to choose by; empty: that of the environment's ANNULUS_RATES,
+  /// or the defaults of the backend.
+  std::string rates;
   friend bool operator==(const OperationTuning&, const OperationTuning&) = default;
 };
 

@@ -15,6 +15,7 @@ struct OperationReport {
   double compute_seconds = 0.0;
   double exposed_communication_seconds = 0.0;
   std::int64_t bytes_sent = 0;
+  std::int64_t bytes_in_place = 0;  // of other ranks, read where they lie
   std::int64_t buffer_bytes = 0;
   /// Largest over mean of the kept pairs of the ranks: the same on all of them.
   double imbalance = 1.0;
