@@ -18,6 +18,7 @@
 #include "launch/plan_options.hpp"
 #include "launch/report.hpp"
 #include "runtime/context.hpp"
+#include "runtime/rates_file.hpp"
 #include "runtime/tensor.hpp"
 #include "sharding/execution.hpp"
 #include "sharding/memory_model.hpp"
@@ -200,24 +201,6 @@ Rates measure_rates(Context& context, const PlannedAttention& planned, RankAtten
   rates.hides_node_transfers = false;
   rates.reads_in_place = options.in_place;
   return rates;
-}
-
-void write_rates(const std::string& path, const Rates& rates) {
-  std::ofstream file(path);
-  file << nlohmann::json{{"forward_flops", rates.forward_flops},
-                         {"backward_flops", rates.backward_flops},
-                         {"copy_bandwidth", rates.copy_bandwidth},
-                         {"node_bandwidth", rates.node_bandwidth},
-                         {"network_bandwidth", rates.network_bandwidth},
-                         {"latency_seconds", rates.latency_seconds},
-                         {"call_seconds", rates.call_seconds},
-                         {"node_ranks", rates.node_ranks},
-                         {"hides_node_transfers", rates.hides_node_transfers},
-                         {"reads_in_place", rates.reads_in_place}}
-              .dump(2)
-       << '\n';
-  file.close();
-  require(file.good(), ExitCode::cannot_create, "bench ring: cannot write {}", path);
 }
 
 struct Measured {

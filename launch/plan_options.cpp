@@ -12,6 +12,7 @@
 
 #include "kernels/error.hpp"
 #include "launch/parse.hpp"
+#include "runtime/rates_file.hpp"
 #include "sharding/block_forward.hpp"
 #include "sharding/head_layout.hpp"
 #include "sharding/mesh.hpp"
@@ -92,25 +93,6 @@ void add_mask_part(const std::string& part, std::int64_t seq_q, std::int64_t seq
   }
 }
 
-Rates machine_rates(const std::string& name) {
-  Rates rates;
-  if (name == "cpu") {
-    rates.reads_in_place = true;
-    rates.hides_node_transfers = false;
-    rates.node_ranks = 1 << 20;
-    return rates;
-  }
-  // One H100 a rank, eight a node over NVLink, 400 Gb/s a rank between nodes.
-  rates.forward_flops = 6.3e14;
-  rates.backward_flops = 5.3e14;
-  rates.copy_bandwidth = 1.4e12;
-  rates.node_bandwidth = 4e11;
-  rates.network_bandwidth = 4.5e10;
-  rates.latency_seconds = 1e-5;
-  rates.node_ranks = 8;
-  return rates;
-}
-
 SequenceLayout layout_of(const std::string& name, const MaskSlices& mask, std::int64_t batch,
                          std::int64_t seq, int ranks) {
   if (name == "contiguous") return SequenceLayout::contiguous(seq, ranks);
@@ -165,28 +147,8 @@ AttentionMask parse_mask(const std::string& text, std::int64_t seq_q, std::int64
 }
 
 Rates parse_rates(const std::string& text) {
-  if (text == "h100" || text == "cpu") return machine_rates(text);
-  std::ifstream file(text);
-  require(file.good(), ExitCode::missing_input,
-          "plan: no rates \"{}\"; accepted: h100, cpu, or a file that `annulus bench ring` wrote",
-          text);
-  try {
-    const nlohmann::json json = nlohmann::json::parse(file);
-    Rates rates;
-    rates.forward_flops = json.at("forward_flops");
-    rates.backward_flops = json.at("backward_flops");
-    rates.copy_bandwidth = json.at("copy_bandwidth");
-    rates.node_bandwidth = json.at("node_bandwidth");
-    rates.network_bandwidth = json.at("network_bandwidth");
-    rates.latency_seconds = json.at("latency_seconds");
-    rates.call_seconds = json.at("call_seconds");
-    rates.node_ranks = json.at("node_ranks");
-    rates.hides_node_transfers = json.at("hides_node_transfers");
-    rates.reads_in_place = json.at("reads_in_place");
-    return rates;
-  } catch (const nlohmann::json::exception& error) {
-    throw Error(ExitCode::bad_data, fmt::format("plan: {}: {}", text, error.what()));
-  }
+  if (text == "h100") return default_rates(Device::cuda);
+  return text == "cpu" ? default_rates(Device::cpu) : read_rates(text);
 }
 
 PlannedAttention plan_attention(const PlanOptions& options) {

@@ -1,6 +1,9 @@
 #include "runtime/auto_attention.hpp"
 
+#include <cstdlib>
+
 #include "runtime/attention_operation.hpp"
+#include "runtime/rates_file.hpp"
 #include "sharding/simulate.hpp"
 
 namespace annulus {
@@ -16,11 +19,19 @@ class AutoAttention final : public AttentionOperation {
     sizes.head_dim = shape.head_dim;
     sizes.value_dim = shape.value_dim;
     sizes.element_bytes = size_bytes(metadata().runtime_dtype);
-    Rates rates;
+    Rates rates = known_rates();
     rates.node_ranks = request.node_ranks;
     rates.reads_in_place = tuning().in_place && metadata().backend == "cpu";
     rates.hides_node_transfers = metadata().backend != "cpu";
     return choose_scheme(request, sizes, rates, false);
+  }
+
+ private:
+  Rates known_rates() const {
+    if (!tuning().rates.empty()) return read_rates(tuning().rates);
+    const char* const file = std::getenv("ANNULUS_RATES");
+    if (file != nullptr && *file != '\0') return read_rates(file);
+    return default_rates(metadata().backend == "cpu" ? Device::cpu : Device::cuda);
   }
 };
 

@@ -1,0 +1,59 @@
+#include "runtime/rates_file.hpp"
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "kernels/error.hpp"
+
+namespace annulus {
+
+Rates read_rates(const std::string& path) {
+  std::ifstream file(path);
+  require(file.good(), ExitCode::missing_input,
+          "rates: cannot read {}; accepted: a file that `annulus bench ring --rates-out` wrote",
+          path);
+  try {
+    const nlohmann::json json = nlohmann::json::parse(file);
+    Rates rates;
+    rates.forward_flops = json.at("forward_flops");
+    rates.backward_flops = json.at("backward_flops");
+    rates.copy_bandwidth = json.at("copy_bandwidth");
+    rates.node_bandwidth = json.at("node_bandwidth");
+    rates.network_bandwidth = json.at("network_bandwidth");
+    rates.latency_seconds = json.at("latency_seconds");
+    rates.call_seconds = json.at("call_seconds");
+    rates.node_ranks = json.at("node_ranks");
+    rates.hides_node_transfers = json.at("hides_node_transfers");
+    rates.reads_in_place = json.at("reads_in_place");
+    for (const double rate : {rates.forward_flops, rates.backward_flops, rates.copy_bandwidth,
+                              rates.node_bandwidth, rates.network_bandwidth}) {
+      require(rate > 0.0, ExitCode::bad_data, "rates: {}: a rate of {}; accepted: above 0", path,
+              rate);
+    }
+    require(rates.node_ranks > 0, ExitCode::bad_data, "rates: {}: {} ranks a node", path,
+            rates.node_ranks);
+    return rates;
+  } catch (const nlohmann::json::exception& error) {
+    throw Error(ExitCode::bad_data, fmt::format("rates: {}: {}", path, printable(error.what())));
+  }
+}
+
+void write_rates(const std::string& path, const Rates& rates) {
+  std::ofstream file(path);
+  file << nlohmann::json{{"forward_flops", rates.forward_flops},
+                         {"backward_flops", rates.backward_flops},
+                         {"copy_bandwidth", rates.copy_bandwidth},
+                         {"node_bandwidth", rates.node_bandwidth},
+                         {"network_bandwidth", rates.network_bandwidth},
+                         {"latency_seconds", rates.latency_seconds},
+                         {"call_seconds", rates.call_seconds},
+                         {"node_ranks", rates.node_ranks},
+                         {"hides_node_transfers", rates.hides_node_transfers},
+                         {"reads_in_place", rates.reads_in_place}}
+              .dump(2)
+       << '\n';
+  file.close();
+  require(file.good(), ExitCode::cannot_create, "rates: cannot write {}", path);
+}
+
+}  // namespace annulus
