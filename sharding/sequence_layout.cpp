@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <queue>
 
 #include "kernels/error.hpp"
+#include "sharding/document_deal.hpp"
 #include "sharding/named_sharding.hpp"
 
 namespace annulus {
@@ -171,6 +173,9 @@ SequenceLayout SequenceLayout::balanced(const MaskSlices& mask, std::int64_t bat
 SequenceLayout SequenceLayout::balanced(const MaskSlices& mask, std::int64_t batch,
                                         std::int64_t seq, int ranks) {
   check(seq, ranks);
+  if (std::optional<std::vector<Chunk>> chunks = deal_documents(mask, batch, seq, ranks)) {
+    return {ranks, std::move(*chunks)};
+  }
   // Chunks a rank: from two, which suffice for a causal triangle, to tiles of 64 rows.
   constexpr double kGood = 1.02;
   std::int64_t best_rows = 1;

@@ -48,7 +48,8 @@ class SequenceLayout {
   /// that has room; every rank gets the same number of chunks, give or take one.
   static SequenceLayout balanced(const MaskSlices& mask, std::int64_t batch, std::int64_t seq,
                                  int ranks, std::int64_t chunk_rows);
-  /// The same with the largest chunk that brings the imbalance below 1.02, or the best one.
+  /// The same with the largest chunk that brings the imbalance below 1.02, or the best one; where
+  /// that balances as well, documents stay whole on a rank (see deal_documents).
   static SequenceLayout balanced(const MaskSlices& mask, std::int64_t batch, std::int64_t seq,
                                  int ranks);
 

@@ -2,9 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <numeric>
 #include <random>
 
 #include "kernels/error.hpp"
+#include "sharding/cost_model.hpp"
 
 namespace annulus {
 namespace {
@@ -131,6 +133,45 @@ TEST(SequenceLayout, RandomDocumentsAreBalanced) {
     EXPECT_LE(balance_of(documents(65536, mean, seed), 65536, 8).balanced, 1.02);
     EXPECT_LE(balance_of(documents(1 << 20, mean, seed), 1 << 20, 512).balanced, 1.05);
   }
+}
+
+// Rows that ranks need from others, in all.
+std::int64_t rows_moved(const SequenceLayout& layout, const MaskSlices& mask) {
+  const GroupShares shares = group_shares(layout, layout, mask, 1);
+  return std::accumulate(shares.rows_received.begin(), shares.rows_received.end(), std::int64_t{0});
+}
+
+TEST(SequenceLayout, DocumentsStayWholeWhereBalanceAllows) {
+  const std::uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  const std::int64_t seq = 65536;
+  const int ranks = 8;
+  for (const std::int64_t mean : {64, 512, 2048}) {
+    const MaskSlices mask = documents(seq, mean, seed);
+    const SequenceLayout layout = SequenceLayout::balanced(mask, 1, seq, ranks);
+    expect_consistent(layout, seq, ranks);
+    EXPECT_LE(imbalance(areas(layout, mask, 1)), 1.02);
+    std::vector<std::int64_t> rows;
+    for (int rank = 0; rank < ranks; ++rank) rows.push_back(layout.rows(rank));
+    EXPECT_LE(imbalance(rows), 1.2);
+    // Equal chunks without regard to documents.
+    const std::int64_t blind =
+        rows_moved(SequenceLayout::balanced(mask, 1, seq, ranks, seq / (ranks * 16)), mask);
+    EXPECT_LE(rows_moved(layout, mask), blind / 2) << mean;
+  }
+}
+
+TEST(SequenceLayout, DocumentsOfOneRankSendNothing) {
+  // As many equal documents as ranks.
+  std::vector<std::int64_t> offsets;
+  for (int i = 0; i <= 8; ++i) offsets.push_back(i * 100);
+  AttentionMask mask;
+  mask.causal = true;
+  mask.q_segments = {segments_of_offsets(offsets, 800)};
+  const MaskSlices slices = make_slices(mask, 1, 800, 800);
+  const SequenceLayout layout = SequenceLayout::balanced(slices, 1, 800, 8);
+  EXPECT_EQ(layout, SequenceLayout::contiguous(800, 8));
+  EXPECT_EQ(rows_moved(layout, slices), 0);
 }
 
 }  // namespace
