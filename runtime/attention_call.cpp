@@ -131,8 +131,9 @@ void AttentionCall::plan() {
   const TensorLayout query = bthd_layout(inputs_.query.layout(), options_.order);
   const TensorLayout key = bthd_layout(inputs_.key.layout(), options_.order);
   const AttentionOperation::Traits& traits = operation_.traits();
+  const bool rows_share_work = traits.key_rows == KeyRows::dealt && traits.scheme == Scheme::ring;
   setup_ = make_setup(operation_.metadata(), shape, options_, operation_.causal(options_),
-                      traits.key_rows, {&query, &key});
+                      traits.key_rows, {&query, &key, rows_share_work});
   const Span batch = setup_->batch(rank_);
   mask_ = mask_of(setup_->mask, batch);
   const int part = setup_->sequence_part(rank_);

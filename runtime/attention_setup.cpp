@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "sharding/cost_model.hpp"
 
 namespace annulus {
 namespace {
@@ -63,6 +64,63 @@ std::optional<SequenceLayout> rows_of(const TensorLayout& layout, int dim, const
   const SequenceLayout zigzag = SequenceLayout::zigzag(seq, parts);
   if (runs == runs_of(zigzag)) return zigzag;
   return std::nullopt;
+}
+
+/// Rows of the rank that gets the most from others when one layout is changed for the other.
+std::int64_t most_rows_moved(const SequenceLayout& from, const SequenceLayout& to) {
+  std::int64_t most = 0;
+  for (int rank = 0; rank < to.ranks(); ++rank) {
+    std::int64_t moved = to.rows(rank);
+    for (const RowRun& run : to.runs(rank)) {
+      for (const SequenceLayout::Chunk& chunk : from.overlapping(run.global)) {
+        if (chunk.rank == rank) moved -= intersect(chunk.global, run.global).size();
+      }
+    }
+    most = std::max(most, moved);
+  }
+  return most;
+}
+
+/// What rows of the parts of a mesh cost to compute and to move.
+struct RowCosts {
+  const MaskSlices& mask;
+  const AttentionShape& shape;
+  int batch_parts = 1;
+  int head_parts = 1;
+  std::int64_t element_bytes = 4;
+  Rates rates;
+
+  double compute_seconds(const SequenceLayout& rows) const {
+    const std::vector<std::int64_t> area = areas(rows, mask, shape.batch);
+    const AttentionSizes sizes{shape.head_dim, shape.value_dim, element_bytes, true};
+    const std::int64_t most = area.empty() ? 0 : *std::max_element(area.begin(), area.end());
+    return forward_flops(most, sizes) * heads(shape.q_heads) / batch_parts / rates.forward_flops;
+  }
+  /// Queries, keys and values there, and results back: packed, sent and unpacked.
+  double exchange_seconds(const SequenceLayout& from, const SequenceLayout& to) const {
+    const auto dims = static_cast<double>(shape.head_dim + shape.value_dim);
+    const double row = (heads(shape.q_heads) + heads(shape.kv_heads)) * dims *
+                       static_cast<double>(element_bytes * shape.batch) / batch_parts;
+    const double bytes = row * static_cast<double>(most_rows_moved(from, to));
+    return bytes * (1.0 / rates.node_bandwidth + 2.0 / rates.copy_bandwidth) +
+           2.0 * to.ranks() * rates.latency_seconds;
+  }
+
+ private:
+  double heads(std::int64_t all) const {
+    return static_cast<double>((all + head_parts - 1) / head_parts);
+  }
+};
+
+/// The layout that rows lie in, or the balanced one where to compute in it saves more than it costs
+/// to bring them there and back.
+SequenceLayout given_or_balanced(const SequenceLayout& given, const RowCosts& costs) {
+  constexpr double kWorthALook = 1.05;
+  if (imbalance(areas(given, costs.mask, costs.shape.batch)) < kWorthALook) return given;
+  const SequenceLayout balanced =
+      SequenceLayout::balanced(costs.mask, costs.shape.batch, given.seq(), given.ranks());
+  const double saved = costs.compute_seconds(given) - costs.compute_seconds(balanced);
+  return saved > costs.exchange_seconds(given, balanced) ? balanced : given;
 }
 
 SequenceLayout deal_rows(const AttentionOptions& options, const MaskSlices& mask,
@@ -188,6 +246,17 @@ AttentionSetup make_setup(const OperationMetadata& metadata, const AttentionShap
   std::optional<SequenceLayout> given_kv;
   if (given.query != nullptr) given_q = rows_of(*given.query, 1, rows);
   if (given.key != nullptr) given_kv = rows_of(*given.key, 1, rows);
+  const bool one_layout = given_q && given_kv && *given_q == *given_kv;
+  if (!options.deal && one_layout && given.rows_share_work) {
+    const bool on_device = metadata.backend != "cpu";
+    const RowCosts costs{mask,
+                         shape,
+                         mesh.size(batch_axes),
+                         mesh.size(head_axes),
+                         size_bytes(metadata.runtime_dtype),
+                         default_rates(on_device ? Device::cuda : Device::cpu)};
+    given_q = given_kv = given_or_balanced(*given_q, costs);
+  }
   const TensorLayout none({0}, NamedSharding(mesh, {}));
   AttentionSetup setup{.shape = shape,
                        .mask = mask,

@@ -37,10 +37,13 @@ struct AttentionSetup {
   Span batch(int rank) const;
 };
 
-/// Layouts in which query and key already lie, in bthd; used where the operation can work on them.
+/// Layouts in which query and key already lie, in bthd; used where the operation can work on them,
+/// unless another one saves more computing than it costs to exchange the rows.
 struct GivenLayouts {
   const TensorLayout* query = nullptr;
   const TensorLayout* key = nullptr;
+  /// Whether balance depends on how rows are dealt: not where every rank sees all of them.
+  bool rows_share_work = false;
 };
 
 /// Throws usage where the partition cannot serve an attention, bad_data where the mask does not fit

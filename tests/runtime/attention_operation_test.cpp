@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "runtime/attention_setup.hpp"
 #include "tests/runtime/operation_case.hpp"
 #include "tests/sharding/thread_communicator.hpp"
 
@@ -104,6 +105,39 @@ TEST_P(Deals, GiveTheSameResults) {
 INSTANTIATE_TEST_SUITE_P(All, Deals,
                          ::testing::Values(SequenceDeal::contiguous, SequenceDeal::zigzag,
                                            SequenceDeal::balanced));
+
+// Rows that lie one run a rank are computed where they lie, unless the balance is worth the way.
+TEST(AttentionOperation, RowsAreDealtAnewWhereThatSavesMoreThanItCosts) {
+  for (const auto& [seq, pays] : {std::pair<std::int64_t, bool>{1024, true}, {40, false}}) {
+    OperationCase c;
+    c.shape = {.batch = 1,
+               .seq_q = seq,
+               .seq_kv = seq,
+               .q_heads = 2,
+               .kv_heads = 1,
+               .head_dim = 16,
+               .value_dim = 16};
+    c.options.causal = true;
+    OperationTensors tensors = random_inputs(c);
+    run_reference(c, tensors, true);
+    run_ranks(4, [&, pays = pays](Communicator& group) {
+      Context context(group);
+      const Mesh mesh = Mesh::parse("sp=4", 4);
+      expect_forward(context, "ring", mesh, c, tensors, 2e-5);
+      expect_backward(context, "ring", mesh, c, tensors, 1e-4);
+      OperationConfig config = on_the_host();
+      config.mesh = mesh;
+      const auto operation = OperationRegistry::create("ring", resolve_metadata(context, config));
+      const AttentionLayouts layouts = operation->layouts(c.shape, c.options);
+      const DistributedTensor query = spread(tensors.query, layouts.query, context.rank());
+      const DistributedTensor key = spread(tensors.key, layouts.key, context.rank());
+      const DistributedTensor value = spread(tensors.value, layouts.value, context.rank());
+      const OperationOutput output = (*operation)({query, key, value}, c.options);
+      EXPECT_TRUE(same_shards(output.attention_outputs.layout(), layouts.output));
+      EXPECT_EQ(output.report.imbalance < 1.05, pays) << output.report.imbalance;
+    });
+  }
+}
 
 TEST(AttentionOperation, BlocksThatAreNotKeptAreNotSeen) {
   OperationCase c;
