@@ -148,7 +148,11 @@ AttentionMask parse_mask(const std::string& text, std::int64_t seq_q, std::int64
 
 Rates parse_rates(const std::string& text) {
   if (text == "h100") return default_rates(Device::cuda);
-  return text == "cpu" ? default_rates(Device::cpu) : read_rates(text);
+  if (text == "cpu") return default_rates(Device::cpu);
+  require(std::ifstream(text).good(), ExitCode::missing_input,
+          "plan: no rates \"{}\"; accepted: h100, cpu, or a file that `annulus bench ring` wrote",
+          text);
+  return read_rates(text);
 }
 
 PlannedAttention plan_attention(const PlanOptions& options) {

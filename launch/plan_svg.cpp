@@ -79,9 +79,12 @@ class MaskPicture {
   void draw() {
     svg_.text(kMaskLeft, kMaskTop - 42, "Which rank computes which part of the mask",
               "font-size=\"15\" font-weight=\"bold\"");
-    svg_.text(kMaskLeft, kMaskTop - 24, "keys and their owners");
     svg_.text(
-        0, 0, "queries and their owners",
+        kMaskLeft, kMaskTop - 24,
+        "a colour and a number for each rank; keys, from the first to the last, and who holds "
+        "them:");
+    svg_.text(
+        0, 0, "queries and who computes them",
         fmt::format("transform=\"translate({} {}) rotate(-90)\"", kMaskLeft - 24, kMaskTop + 180));
     svg_.rectangle(kMaskLeft, kMaskTop, kMaskSide, kMaskSide, "#f4f4f6");
     std::size_t shapes = 0;
@@ -101,6 +104,7 @@ class MaskPicture {
       svg_.rectangle(kMaskLeft - 16, query_y(chunk.global.begin), 12,
                      per_query_ * static_cast<double>(chunk.global.size()), colour(chunk.rank));
     }
+    label_owners();
     svg_.rectangle(kMaskLeft, kMaskTop, kMaskSide, kMaskSide, "none", "stroke=\"#889\"");
   }
 
@@ -108,6 +112,23 @@ class MaskPicture {
   std::span<const Slice> first_batch_row() const { return request_.mask.view().of_batch(0); }
   double key_x(std::int64_t k) const { return kMaskLeft + per_key_ * static_cast<double>(k); }
   double query_y(std::int64_t q) const { return kMaskTop + per_query_ * static_cast<double>(q); }
+
+  // Ranks' numbers where there is room for them.
+  void label_owners() {
+    const std::string centred = "text-anchor=\"middle\" font-size=\"10\" fill=\"white\"";
+    for (const Chunk& chunk : request_.kv_layout.chunks()) {
+      const double width = per_key_ * static_cast<double>(chunk.global.size());
+      if (width < 14.0) continue;
+      svg_.text(key_x(chunk.global.begin) + width / 2, kMaskTop - 6.5,
+                fmt::format("{}", chunk.rank), centred);
+    }
+    for (const Chunk& chunk : request_.q_layout.chunks()) {
+      const double height = per_query_ * static_cast<double>(chunk.global.size());
+      if (height < 11.0) continue;
+      svg_.text(kMaskLeft - 10, query_y(chunk.global.begin) + height / 2 + 3.5,
+                fmt::format("{}", chunk.rank), centred);
+    }
+  }
 
   void draw_shapes() {
     for (const Slice& slice : first_batch_row()) {
@@ -163,22 +184,31 @@ class MaskPicture {
   double per_key_;
 };
 
+void draw_lane_legend(Svg& svg) {
+  const double y = kMaskTop - 33;
+  const double x = kLanesLeft;
+  svg.rectangle(x, y, 26, 11, colour(0));
+  svg.text(x + 32, y + 10, "computes, in the colour of the rank whose keys it works on");
+  svg.rectangle(x + 362, y + 4, 26, 4, colour(1));
+  svg.text(x + 394, y + 10, "its keys arrive");
+  svg.rectangle(x + 494, y, 26, 11, "url(#wait)");
+  svg.text(x + 526, y + 10, "waits, or trades heads");
+}
+
 // A lane for each rank: blocks in the colour of whose keys it works on, what it waits for hatched.
 void draw_lanes(Svg& svg, const Simulation& simulation) {
   svg.text(kLanesLeft, kMaskTop - 42, "Who works on whose keys, and when",
            "font-size=\"15\" font-weight=\"bold\"");
-  svg.text(
-      kLanesLeft, kMaskTop - 24,
-      "block: compute, coloured by the keys' owner · thin line: its rows on their way · hatched: "
-      "waiting or trading heads");
+  svg.text(kLanesLeft - 10, kMaskTop - 6, "rank", "text-anchor=\"end\" font-size=\"10\"");
+  draw_lane_legend(svg);
   const double lanes = static_cast<double>(std::max<std::size_t>(simulation.timelines.size(), 1));
-  const double pitch = std::clamp(kMaskSide / lanes, 5.0, 34.0);
+  const double pitch = std::clamp(kMaskSide / lanes, 5.0, 60.0);
   const double scale = simulation.seconds > 0.0 ? kLanesWidth / simulation.seconds : 0.0;
   double y = kMaskTop;
   for (const RankTimeline& timeline : simulation.timelines) {
     const double height = pitch * 0.62;
     if (pitch >= 10.0) {
-      svg.text(kLanesLeft - 10, y + height - 1, fmt::format("{}", timeline.rank),
+      svg.text(kLanesLeft - 10, y + height / 2 + 4, fmt::format("{}", timeline.rank),
                "text-anchor=\"end\"");
     }
     svg.rectangle(kLanesLeft - 7, y, 4, height, colour(timeline.rank));
@@ -189,8 +219,11 @@ void draw_lanes(Svg& svg, const Simulation& simulation) {
       svg.rectangle(x, y, width, height, colour(stage.peer),
                     "stroke=\"white\" stroke-width=\".4\"");
       if (width > 18.0 && height > 10.0) {
-        svg.text(x + width / 2, y + height - 3, fmt::format("{}", stage.peer),
-                 "text-anchor=\"middle\" font-size=\"10\" fill=\"white\"");
+        const bool roomy = width > 78.0;
+        const bool own = stage.peer == timeline.rank;
+        const std::string keys = own ? "own keys" : fmt::format("keys of {}", stage.peer);
+        svg.text(x + width / 2, y + height / 2 + 4, roomy ? keys : fmt::format("{}", stage.peer),
+                 "text-anchor=\"middle\" font-size=\"11\" fill=\"white\"");
       }
       if (stage.transfer_end > stage.transfer_begin) {
         svg.rectangle(kLanesLeft + scale * stage.transfer_begin, y + height + pitch * 0.08,
@@ -206,6 +239,7 @@ void draw_lanes(Svg& svg, const Simulation& simulation) {
     svg.line(x, y + 4, x, y + 8, "#889");
     svg.text(x, y + 22, format_seconds(simulation.seconds * tick / 4), "text-anchor=\"middle\"");
   }
+  svg.text(kLanesLeft + kLanesWidth / 8, y + 22, "time", "text-anchor=\"middle\"");
 }
 
 using Traffic = std::map<std::pair<int, int>, std::int64_t>;  // rows, from → to
@@ -247,9 +281,19 @@ void draw_matrix(Svg& svg, const PlanRequest& request) {
     svg.rectangle(kMaskLeft - 8, top + cell * rank, 5, cell, colour(rank));
     svg.rectangle(kMaskLeft + cell * rank, top - 8, cell, 5, colour(rank));
   }
-  svg.text(kMaskLeft + cell * ranks + 12, top + 12, "row: sender, column: receiver");
-  svg.text(kMaskLeft + cell * ranks + 12, top + 28,
-           fmt::format("darkest: {} rows of keys and values", traffic.empty() ? 0 : most));
+  const double x = kMaskLeft + cell * ranks + 12;
+  svg.text(x, top + 12, "Keys and values that a rank (row)");
+  svg.text(x, top + 28, "sends to another (column):");
+  svg.rectangle(x, top + 40, 16, 16, "#f4f4f6", "stroke=\"#889\"");
+  svg.text(x + 24, top + 53, "none");
+  svg.rectangle(x, top + 62, 16, 16, "hsl(225,60%,38%)");
+  svg.text(x + 24, top + 75, fmt::format("{} tokens, the most", traffic.empty() ? 0 : most));
+  if (cell < 14.0) return;
+  const std::string small = "text-anchor=\"middle\" font-size=\"9\"";
+  for (int rank = 0; rank < ranks; ++rank) {
+    svg.text(kMaskLeft - 15, top + cell * (rank + 0.5) + 3, fmt::format("{}", rank), small);
+    svg.text(kMaskLeft + cell * (rank + 0.5), top - 12, fmt::format("{}", rank), small);
+  }
 }
 
 void draw_bars(Svg& svg, const Simulation& simulation) {
@@ -269,7 +313,7 @@ void draw_bars(Svg& svg, const Simulation& simulation) {
     x += step;
   }
   svg.text(kLanesLeft, kTrafficTop + 20,
-           fmt::format("sent by each rank, {} at most", format_bytes(most)));
+           fmt::format("Bytes that each rank sends: {} at most", format_bytes(most)));
 }
 
 }  // namespace
@@ -288,7 +332,8 @@ std::string draw_plan(const std::string& title, const PlanRequest& request,
                        format_bytes(simulation.peak_memory_bytes)));
   MaskPicture(svg, request).draw();
   draw_lanes(svg, simulation);
-  svg.text(kMaskLeft, kTrafficTop, "What moves", "font-size=\"15\" font-weight=\"bold\"");
+  svg.text(kMaskLeft, kTrafficTop, "What moves, and between whom",
+           "font-size=\"15\" font-weight=\"bold\"");
   if (request.q_layout.ranks() <= Simulation::kTimelines) draw_matrix(svg, request);
   draw_bars(svg, simulation);
   return svg.finish(kTrafficTop + 290);
