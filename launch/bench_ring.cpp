@@ -1,6 +1,7 @@
 #include "launch/bench_ring.hpp"
 
 #include <fmt/format.h>
+#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -16,11 +18,14 @@
 #include "launch/bench_row.hpp"
 #include "launch/parse.hpp"
 #include "launch/plan_options.hpp"
+#include "launch/process_memory.hpp"
 #include "launch/report.hpp"
 #include "runtime/context.hpp"
 #include "runtime/rates_file.hpp"
 #include "runtime/tensor.hpp"
+#include "runtime/trace.hpp"
 #include "sharding/execution.hpp"
+#include "sharding/hybrid.hpp"
 #include "sharding/memory_model.hpp"
 #include "sharding/simulate.hpp"
 
@@ -32,6 +37,9 @@ struct RingOptions {
   int repeats = 3;
   std::string rates_out;
   bool in_place = true;
+  bool memory = false;
+  std::string trace;
+  int node_ranks = 0;
 };
 
 std::optional<RingOptions> parse_ring_options(Arguments arguments) {
@@ -56,6 +64,10 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_flag("!--messages", options.in_place, "send rows instead of reading them in place");
   app.add_flag("--reproducible", options.plan.reproducible, "the same bits for any ranks");
   app.add_option("--repeats", options.repeats, "the fastest counts")->check(CLI::PositiveNumber);
+  app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")
+      ->check(CLI::PositiveNumber);
+  app.add_flag("--memory", options.memory, "print the peak of memory beside the planned one only");
+  app.add_option("--trace", options.trace, "write what the last run of each pass did, as run does");
   app.add_option("--rates-out", options.rates_out, "write the measured rates for annulus plan");
   app.add_flag("--json", options.plan.json, "print for machines");
   if (!parse(app, arguments)) return std::nullopt;
@@ -203,6 +215,33 @@ Rates measure_rates(Context& context, const PlannedAttention& planned, RankAtten
   return rates;
 }
 
+// The most memory that any rank takes for its tensors and `run`, beside what was planned: one line
+// of JSON. What a first run leaves behind is not the plan's: scratch of kernels, pools of MPI.
+void print_memory(Communicator& world, std::string_view direction, std::int64_t tensors,
+                  std::int64_t planned_buffers, const std::function<void()>& run) {
+  mallopt(M_MMAP_THRESHOLD, 256 << 10);  // freed memory goes back
+  run();
+  world.barrier();
+  const std::int64_t before = resident_bytes() - resident_window_bytes(Windows::own) -
+                              resident_window_bytes(Windows::others);
+  reset_peak();
+  run();
+  const std::int64_t after = peak_resident_bytes() - resident_window_bytes(Windows::others);
+  const auto measured = static_cast<double>(tensors + after - before);
+  const auto planned = static_cast<double>(tensors + planned_buffers);
+  const double most = largest(world, measured);
+  const double least = -largest(world, -measured / planned);
+  const double excess = largest(world, measured / planned);
+  const double most_planned = largest(world, planned);
+  if (world.rank() != 0) return;
+  fmt::print("{}\n", nlohmann::json{{"direction", direction},
+                                    {"measured_bytes", most},
+                                    {"planned_bytes", most_planned},
+                                    {"least_of_planned", least},
+                                    {"most_of_planned", excess}}
+                         .dump());
+}
+
 struct Measured {
   double seconds = 0.0;
   double exposed_seconds = 0.0;  // of the rank that waits most
@@ -258,6 +297,27 @@ void print_beside_plan(std::string_view direction, const Measured& measured,
       format_bytes(predicted_buffer));
 }
 
+// Executes a plan; the groups of a hybrid are made once, and keep their memory.
+class PlanRunner {
+ public:
+  PlanRunner(Communicator& world, const AttentionPlan& plan) : world_(world), plan_(plan) {
+    if (plan.scheme() == Scheme::hybrid) groups_.emplace(world, plan.head_ranks());
+  }
+  void forward(const ForwardCall& call, const ExecuteOptions& options) {
+    if (groups_) return hybrid_forward(*groups_, plan_, call, options);
+    execute_forward(world_, plan_, call, options);
+  }
+  void backward(const BackwardCall& call, const ExecuteOptions& options) {
+    if (groups_) return hybrid_backward(*groups_, plan_, call, options);
+    execute_backward(world_, plan_, call, options);
+  }
+
+ private:
+  Communicator& world_;
+  const AttentionPlan& plan_;
+  std::optional<HybridRanks> groups_;
+};
+
 }  // namespace
 
 void bench_ring(Arguments arguments) {
@@ -267,22 +327,50 @@ void bench_ring(Arguments arguments) {
   Communicator& world = context.world();
   options->plan.mesh = fmt::format("sp={}", context.size());
   PlannedAttention planned = plan_attention(options->plan);
+  if (options->node_ranks > 0) {
+    auto request = std::make_shared<PlanRequest>(*planned.request);
+    request->node_ranks = options->node_ranks;
+    planned.request = std::move(request);
+  }
   const DType dtype = *parse_dtype(options->plan.dtype);
   RankAttention tensors(*planned.request, planned.sizes, dtype, context.rank());
   const Rates rates = measure_rates(context, planned, tensors, *options);
   const AttentionPlan plan(planned.request, context.rank());
 
+  PlanRunner run(world, plan);
   ExecuteOptions execute;
   execute.in_place = options->in_place;
+  if (options->memory) {
+    const std::int64_t shards = shard_bytes(plan, planned.sizes, false);
+    const std::int64_t all_shards = shard_bytes(plan, planned.sizes, true);
+    print_memory(world, "forward", shards,
+                 forward_buffer_bytes(plan, planned.sizes, execute.in_place),
+                 [&] { run.forward(tensors.forward(), execute); });
+    tensors.compute_delta();
+    print_memory(world, "backward", all_shards,
+                 backward_buffer_bytes(plan, planned.sizes, execute.in_place),
+                 [&] { run.backward(tensors.backward(), execute); });
+    return;
+  }
   const Measured forward = measure(world, options->repeats, [&](ExecutionReport& report) {
     execute.report = &report;
-    execute_forward(world, plan, tensors.forward(), execute);
+    run.forward(tensors.forward(), execute);
   });
   tensors.compute_delta();
   const Measured backward = measure(world, options->repeats, [&](ExecutionReport& report) {
     execute.report = &report;
-    execute_backward(world, plan, tensors.backward(), execute);
+    run.backward(tensors.backward(), execute);
   });
+  if (!options->trace.empty()) {
+    start_trace();
+    execute.report = nullptr;
+    execute.recorder = trace_recorder();
+    world.barrier();
+    run.forward(tensors.forward(), execute);
+    world.barrier();
+    run.backward(tensors.backward(), execute);
+    write_trace(world, options->trace);
+  }
   const double forward_buffer = largest(
       world, static_cast<double>(forward_buffer_bytes(plan, planned.sizes, execute.in_place)));
   const double backward_buffer = largest(

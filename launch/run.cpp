@@ -155,7 +155,7 @@ OperationReport sum_of(const OperationReport& forward, const OperationReport& ba
 // Ranks that were given different options are refused before they do anything different. Paths and
 // what only rank 0 prints may differ.
 void agree_on_options(Context& context, const RunOptions& options) {
-  static const std::set<std::string> own = {"input", "output", "config", "trace", "json"};
+  static const std::set<std::string> own = {"input", "output", "config", "json"};
   Statement statement("run");
   std::istringstream lines(options.text);
   for (std::string line; std::getline(lines, line);) {

@@ -145,10 +145,10 @@ Span AttentionPlan::kv_heads_of(int head_rank) const {
   return {(q_heads.begin + offset) / group_size(), (q_heads.end - 1 + offset) / group_size() + 1};
 }
 
-std::int64_t AttentionPlan::max_buffer_rows() const {
+std::int64_t AttentionPlan::max_buffer_rows(int parity) const {
   std::int64_t rows = 0;
   for (const Stage& stage : stages_) {
-    if (stage.number > 0) rows = std::max(rows, stage.buffer_rows);
+    if (stage.number > 0 && stage.number % 2 == parity) rows = std::max(rows, stage.buffer_rows);
   }
   return rows;
 }

@@ -108,8 +108,8 @@ class AttentionPlan {
   std::int64_t group_size() const;
 
   std::span<const Stage> stages() const { return stages_; }
-  /// Rows of the largest remote stage.
-  std::int64_t max_buffer_rows() const;
+  /// Rows of the largest remote stage among those that share a buffer: of even numbers, or of odd.
+  std::int64_t max_buffer_rows(int parity) const;
   /// Kept pairs of this rank, per query head.
   std::int64_t area() const;
   /// Payload this rank sends in one forward pass, and in one backward pass.

@@ -26,21 +26,22 @@ GradientReturn::GradientReturn(Communicator& ranks, const AttentionPlan& plan,
                                const TensorView& grad_k, const TensorView& grad_v, bool in_place,
                                Stream stream)
     : ranks_(ranks), plan_(plan), grad_k_(grad_k), grad_v_(grad_v), stream_(stream) {
-  if (in_place) window_ = ranks_.expose(2 * slot_bytes());
+  if (in_place) window_ = ranks_.expose(slot_bytes(0) + slot_bytes(1));
 }
 
-// Partials of the largest stage.
-std::int64_t GradientReturn::slot_bytes() const {
+// Partials of the largest stage that has the slot.
+std::int64_t GradientReturn::slot_bytes(int slot) const {
   Shape k = grad_k_.shape;
   Shape v = grad_v_.shape;
-  k[1] = v[1] = plan_.max_buffer_rows();
+  k[1] = v[1] = plan_.max_buffer_rows(slot);
   return round_up(kv_bytes(k, v, DType::f32));
 }
 
 void* GradientReturn::outgoing_memory(const Stage& stage) {
-  const std::int64_t bytes = slot_bytes();
+  const int slot = stage.number % 2;
+  const std::int64_t bytes = slot_bytes(slot);
   if (window_ != nullptr) {
-    const std::int64_t begin = stage.number % 2 * bytes;
+    const std::int64_t begin = slot == 0 ? 0 : slot_bytes(0);
     slot_of(stage).shared_bytes = bytes;
     window_->expect(begin, begin + bytes);
     return static_cast<std::byte*>(window_->local()) + begin;

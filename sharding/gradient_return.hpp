@@ -50,7 +50,7 @@ class GradientReturn {
 
   Slot& slot_of(const Stage& stage) { return slots_[static_cast<std::size_t>(stage.number % 2)]; }
   bool readable(int peer) const { return window_ != nullptr && window_->peer(peer) != nullptr; }
-  std::int64_t slot_bytes() const;
+  std::int64_t slot_bytes(int slot) const;
   void* outgoing_memory(const Stage& stage);
   /// Calls visit(peer, rows of a batch row) for K and V of each piece that goes out.
   template <typename Visit>

@@ -178,7 +178,7 @@ void KvFeed::prepare_buffer(const Stage& stage) {
   Slot& slot = slot_of(stage);
   Shape k = k_.shape;
   Shape v = v_.shape;
-  k[1] = v[1] = plan_.max_buffer_rows();
+  k[1] = v[1] = plan_.max_buffer_rows(stage.number % 2);
   const std::int64_t bytes = kv_bytes(k, v, k_.dtype);
   if (slot.memory.bytes() < bytes) slot.memory = Buffer(k_.device, bytes, stream_);
   k[1] = v[1] = stage.buffer_rows;

@@ -109,16 +109,18 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
   }
   const std::int64_t own = kv_buffer_bytes(batch, plan.kv_layout().rows(plan.group()), kv_heads,
                                            sizes, sizes.element_bytes);
-  const std::int64_t remote =
-      kv_buffer_bytes(batch, plan.max_buffer_rows(), kv_heads, sizes, sizes.element_bytes);
+  const auto remote = [&](int parity) {
+    return kv_buffer_bytes(batch, plan.max_buffer_rows(parity), kv_heads, sizes,
+                           sizes.element_bytes);
+  };
   if (by_head && plan.groups() > 1) {
     // Two heads at a time: packed rows to send, and rows gathered.
     const std::int64_t heads = std::min<std::int64_t>(request.kv_heads, 2);
     const bool packs = use.sends && request.kv_heads > 1;
-    bytes += heads * ((packs ? own : 0) + (use.receives ? remote : 0));
+    bytes += heads * ((packs ? own : 0) + (use.receives ? remote(1) : 0));
   } else {
     bytes += kv_buffer_bytes(batch, use.shared_rows, kv_heads, sizes, sizes.element_bytes);
-    bytes += (use.received_parities[0] + use.received_parities[1]) * remote;
+    for (const int parity : {0, 1}) bytes += use.received_parities[parity] * remote(parity);
   }
   if (plan.head_ranks() == 1) return bytes;
   const std::int64_t dims = sizes.head_dim + sizes.value_dim;
@@ -147,13 +149,13 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
   const auto kv = [&](std::int64_t rows, std::int64_t element_bytes) {
     return kv_buffer_bytes(batch, rows, kv_heads, sizes, element_bytes);
   };
-  const std::int64_t remote = plan.max_buffer_rows();
+  const std::int64_t remote[2] = {plan.max_buffer_rows(0), plan.max_buffer_rows(1)};
   // Partials that go out and partials that come back, of stages that take turns.
   std::int64_t outgoing[2] = {0, 0};
   std::int64_t incoming[2] = {0, 0};
   for (const Stage& stage : plan.stages()) {
     const int turn = stage.number % 2;
-    if (stage.number > 0 && stage.buffer_rows > 0) outgoing[turn] = kv(remote, kFloatBytes);
+    if (stage.number > 0 && stage.buffer_rows > 0) outgoing[turn] = kv(remote[turn], kFloatBytes);
     if (in_place && !by_head) continue;  // peers' partials are added from where they lie
     std::int64_t rows = 0;
     for (const Transfer& transfer : stage.sends) rows += transfer.rows(batch);
@@ -165,12 +167,13 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
     const std::int64_t heads = std::min<std::int64_t>(request.kv_heads, 2);
     const bool packs = use.sends && request.kv_heads > 1;
     bytes += heads * ((packs ? kv(own_rows, sizes.element_bytes) : 0) +
-                      (use.receives ? kv(remote, sizes.element_bytes) : 0) + outgoing[1]) +
+                      (use.receives ? kv(remote[1], sizes.element_bytes) : 0) + outgoing[1]) +
              incoming[1];
   } else {
     bytes += kv(use.shared_rows, sizes.element_bytes);
-    bytes +=
-        (use.received_parities[0] + use.received_parities[1]) * kv(remote, sizes.element_bytes);
+    for (const int parity : {0, 1}) {
+      bytes += use.received_parities[parity] * kv(remote[parity], sizes.element_bytes);
+    }
     bytes += outgoing[0] + outgoing[1] + incoming[0] + incoming[1];
   }
   if (plan.head_ranks() == 1) return bytes;

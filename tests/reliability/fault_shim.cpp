@@ -244,6 +244,9 @@ FORWARD(MPI_Allgather,
         (const void* from, int count, MPI_Datatype type, void* to, int to_count,
          MPI_Datatype to_type, MPI_Comm comm),
         (from, count, type, to, to_count, to_type, comm))
+FORWARD(MPI_Allreduce,
+        (const void* from, void* to, int count, MPI_Datatype type, MPI_Op op, MPI_Comm comm),
+        (from, to, count, type, op, comm))
 FORWARD(MPI_Alltoall,
         (const void* from, int count, MPI_Datatype type, void* to, int to_count,
          MPI_Datatype to_type, MPI_Comm comm),
