@@ -7,20 +7,28 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/stream.hpp"
 #include "kernels/error.hpp"
 #include "runtime/device_window.hpp"
+#include "runtime/transport_monitor.hpp"
+#include "runtime/watchdog.hpp"
 
 namespace annulus {
 namespace {
 
 namespace cuda = kernels::cuda;
 
-constexpr std::chrono::seconds kTimeout{30};  // the reliability promise for a silent peer
+constexpr double kTimeoutSeconds = 30.0;  // where no watchdog has another
+constexpr double kAbortSeconds = 5.0;
 
 [[noreturn]] void fail(ncclResult_t result, const char* call) {
   throw Error(ExitCode::peer, fmt::format("nccl: {} failed: {} ({})", call,
@@ -33,16 +41,23 @@ void check(ncclResult_t result, const char* call) {
 
 #define ANNULUS_CHECK_NCCL(call) check((call), #call)
 
+double timeout_seconds() {
+  const double timeout = Watchdog::of_process().timeout_seconds();
+  return timeout > 0.0 ? timeout : kTimeoutSeconds;
+}
+
 /// A non-blocking communicator's calls return at once; it is usable again when this returns.
 void settle(ncclComm_t comm, const char* call) {
-  const auto deadline = std::chrono::steady_clock::now() + kTimeout;
+  using Seconds = std::chrono::duration<double>;
+  const double timeout = timeout_seconds();
+  const auto begin = std::chrono::steady_clock::now();
   ncclResult_t state = ncclInProgress;
   while (state == ncclInProgress) {
     ANNULUS_CHECK_NCCL(ncclCommGetAsyncError(comm, &state));
     check(state, call);
     if (state != ncclInProgress) return;
-    require(std::chrono::steady_clock::now() < deadline, ExitCode::peer,
-            "nccl: {} has not ended after {} s; a peer is gone or silent", call, kTimeout.count());
+    require(Seconds(std::chrono::steady_clock::now() - begin).count() < timeout, ExitCode::peer,
+            "nccl: {} has not ended after {} s; a peer is gone or silent", call, timeout);
     std::this_thread::yield();
   }
 }
@@ -53,20 +68,57 @@ ncclConfig_t non_blocking() {
   return config;
 }
 
+/// A transfer on its stream: it has begun when what was queued before is done.
+struct Flight {
+  cuda::OwnedEvent begun = cuda::make_event();
+  cuda::OwnedEvent done = cuda::make_event();
+};
+
 /// Destroyed normally while healthy, aborted once it failed or while an exception passes: peers
-/// that wait in a finalize would never return.
-class OwnedComm {
+/// that wait in a finalize would never return. A thread watches it meanwhile, since a host that
+/// waits for its device learns nothing of NCCL's errors.
+class OwnedComm final : public MonitoredTransport {
  public:
-  OwnedComm() = default;
-  ~OwnedComm() { release(); }
+  OwnedComm() { ANNULUS_CHECK_CUDA(cudaGetDevice(&device_)); }
+  ~OwnedComm() override { release(); }
   OwnedComm(const OwnedComm&) = delete;
   OwnedComm& operator=(const OwnedComm&) = delete;
 
   ncclComm_t* out() { return &comm_; }
   ncclComm_t get() const { return comm_; }
+  /// Once it is usable.
+  void watch() {
+    monitor_ = TransportMonitor::of_process();
+    if (monitor_ != nullptr) monitor_->add(*this, "nccl");
+  }
+  void add(std::shared_ptr<Flight> flight) {
+    const std::lock_guard lock(mutex_);
+    flights_.push_back(std::move(flight));
+  }
+
+  std::string failure() override {
+    ncclResult_t state = ncclSuccess;
+    ncclResult_t result = ncclCommGetAsyncError(comm_, &state);
+    if (result == ncclSuccess) result = state;
+    if (result == ncclSuccess || result == ncclInProgress) return "";
+    return fmt::format("{} ({})", ncclGetErrorString(result), ncclGetLastError(nullptr));
+  }
+
+  std::optional<std::int64_t> in_flight() override {
+    const std::lock_guard lock(mutex_);
+    static_cast<void>(cudaSetDevice(device_));  // of this thread
+    while (!flights_.empty() && cudaEventQuery(flights_.front()->done.get()) == cudaSuccess) {
+      flights_.pop_front();
+      ++landed_;
+    }
+    const bool begun =
+        !flights_.empty() && cudaEventQuery(flights_.front()->begun.get()) == cudaSuccess;
+    return begun ? std::optional(landed_) : std::nullopt;
+  }
 
  private:
   void release() noexcept {
+    if (monitor_ != nullptr) monitor_->remove(*this);
     if (comm_ == nullptr) return;
     try {
       ncclResult_t state = ncclSuccess;
@@ -77,27 +129,34 @@ class OwnedComm {
       settle(comm_, "ncclCommFinalize");
       ANNULUS_CHECK_NCCL(ncclCommDestroy(comm_));
     } catch (const Error&) {
-      ncclCommAbort(comm_);
+      // An abort that hangs is left to itself: the error that led here ends the job.
+      static_cast<void>(returns_within(kAbortSeconds,
+                                       [comm = comm_] { static_cast<void>(ncclCommAbort(comm)); }));
     }
   }
 
   ncclComm_t comm_ = nullptr;
+  int device_ = 0;
+  TransportMonitor* monitor_ = nullptr;
+  std::mutex mutex_;  // of what follows
+  std::deque<std::shared_ptr<Flight>> flights_;
+  std::int64_t landed_ = 0;
 };
 
 class NcclExchange final : public Exchange {
  public:
-  NcclExchange(ncclComm_t comm, cudaStream_t stream) : comm_(comm), done_(cuda::make_event()) {
-    ANNULUS_CHECK_CUDA(cudaEventRecord(done_.get(), stream));
-  }
+  NcclExchange(ncclComm_t comm, std::shared_ptr<Flight> flight)
+      : comm_(comm), flight_(std::move(flight)) {}
 
   bool test() override {
     check_peers();
-    return cuda::is_done(done_.get());
+    return cuda::is_done(flight_->done.get());
   }
 
   void wait(Stream stream) override {
     check_peers();
-    ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle), done_.get()));
+    ANNULUS_CHECK_CUDA(
+        cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle), flight_->done.get()));
   }
 
  private:
@@ -108,7 +167,7 @@ class NcclExchange final : public Exchange {
   }
 
   ncclComm_t comm_;
-  cuda::OwnedEvent done_;
+  std::shared_ptr<Flight> flight_;
 };
 
 class NcclCommunicator final : public Communicator {
@@ -123,6 +182,7 @@ class NcclCommunicator final : public Communicator {
     ANNULUS_CHECK_NCCL(
         ncclCommInitRankConfig(comm_.out(), host_->size(), all.front(), host_->rank(), &config));
     settle(comm_.get(), "ncclCommInitRankConfig");
+    comm_.watch();
   }
 
   int rank() const override { return host_->rank(); }
@@ -143,6 +203,8 @@ class NcclCommunicator final : public Communicator {
   std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,
                                   Stream stream) override {
     cuda::order(static_cast<cudaStream_t>(stream.handle), stream_.get());
+    auto flight = std::make_shared<Flight>();
+    ANNULUS_CHECK_CUDA(cudaEventRecord(flight->begun.get(), stream_.get()));
     ANNULUS_CHECK_NCCL(ncclGroupStart());
     for (const Receive& receive : receives) {
       ANNULUS_CHECK_NCCL(ncclRecv(receive.data, static_cast<std::size_t>(receive.bytes), ncclInt8,
@@ -154,7 +216,9 @@ class NcclCommunicator final : public Communicator {
     }
     ANNULUS_CHECK_NCCL(ncclGroupEnd());
     settle(comm_.get(), "ncclGroupEnd");  // queued; only then may an event follow
-    return std::make_unique<NcclExchange>(comm_.get(), stream_.get());
+    ANNULUS_CHECK_CUDA(cudaEventRecord(flight->done.get(), stream_.get()));
+    comm_.add(flight);
+    return std::make_unique<NcclExchange>(comm_.get(), std::move(flight));
   }
 
  private:
@@ -166,6 +230,7 @@ class NcclCommunicator final : public Communicator {
     ANNULUS_CHECK_NCCL(ncclCommSplit(whole.comm_.get(), color, key, comm_.out(), &config));
     settle(whole.comm_.get(), "ncclCommSplit");
     settle(comm_.get(), "ncclCommSplit");
+    comm_.watch();
   }
 
   std::unique_ptr<Communicator> host_;

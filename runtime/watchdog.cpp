@@ -125,6 +125,26 @@ class Watchdog::Thread {
     if (asks_) listen();
   }
 
+  double timeout_seconds() {
+    const std::lock_guard lock(mutex_);
+    return started_ ? static_cast<double>(timeout_ns_) * 1e-9 : 0.0;
+  }
+
+  [[noreturn]] void end_job(std::string_view why) {
+    {
+      const std::lock_guard lock(mutex_);
+      SignalText text;
+      append_identity(text);
+      text << why << "; in ";
+      append_whereabouts(text);
+      if (dump_steps("transport")) text << "; last steps in " << dump_folder();
+      text << "\n";
+      text.write_to(STDERR_FILENO);
+      ask_for_dumps();
+    }
+    abort_all();
+  }
+
   void disconnect() noexcept {
     if (comm_ == MPI_COMM_NULL) return;
     const WaitingStep step("end of all ranks", *group_, 0);
@@ -391,6 +411,10 @@ void Watchdog::start(double timeout_seconds) {
 }
 
 void Watchdog::connect(MpiHandle ranks) { thread_->connect(ranks); }
+
+double Watchdog::timeout_seconds() const { return thread_->timeout_seconds(); }
+
+void Watchdog::end_job(std::string_view why) { thread_->end_job(why); }
 
 void Watchdog::disconnect() noexcept { thread_->disconnect(); }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <string_view>
 
 #include "runtime/mpi_communicator.hpp"
 
@@ -23,6 +24,11 @@ class Watchdog {
   /// Collective. Without MPI_THREAD_MULTIPLE nothing is asked, and every wait has the plain
   /// deadline.
   void connect(MpiHandle ranks);
+  /// The deadline; 0 before start().
+  double timeout_seconds() const;
+  /// Ends the job as a missed deadline does: rank, host, `why`, phase and step, the last steps, 75.
+  [[noreturn]] void end_job(std::string_view why);
+
   /// Ends that when all ranks have come here, before MPI ends. Collective; does not throw. The
   /// plain deadline goes on for what is waited for later.
   void disconnect() noexcept;

@@ -5,6 +5,8 @@
 //   F_CALL=7        the call of MPI by the main thread, from 1
 //   F_WRITE=3       the same for calls that change files below F_FOLDER (pwritev, fsync, ftruncate,
 //                   linkat, renameat, unlinkat)
+//   F_NCCL=error|stuck|stop|kill  at the first group of NCCL transfers; error: from then on NCCL
+//                   reports a system error; stuck: ncclCommAbort does not return either
 //   F_FILE_SIZE=100000  a limit on the size of files from the first such call on
 //   F_ALLOCATION=5  the same for allocations of at least F_BYTES (default 65536) outside of
 //                   MPI's own calls; it fails
@@ -209,9 +211,45 @@ Function* next(const char* name) {
   return reinterpret_cast<Function*>(dlsym(RTLD_NEXT, name));
 }
 
+std::atomic<long> nccl_groups{0};
+
+bool nccl_fails() {
+  const char* act = std::getenv("F_NCCL");
+  const bool fails =
+      act != nullptr && (std::strcmp(act, "error") == 0 || std::strcmp(act, "stuck") == 0);
+  return ready && plan.here && fails && nccl_groups >= 1;
+}
+
+void before_nccl_group() {
+  const char* act = std::getenv("F_NCCL");
+  if (!ready || !plan.here || act == nullptr || ++nccl_groups != 1) return;
+  note_time();
+  if (std::strcmp(act, "stop") == 0) raise(SIGSTOP);
+  if (std::strcmp(act, "kill") == 0) raise(SIGKILL);
+}
+
 }  // namespace
 
 extern "C" {
+
+// ---- NCCL, whose types are all pointers and ints here ------------------------------------------
+
+int ncclGroupEnd() {
+  before_nccl_group();
+  return next<int()>("ncclGroupEnd")();
+}
+
+int ncclCommGetAsyncError(void* comm, int* state) {
+  constexpr int kSystemError = 2;
+  const int result = next<int(void*, int*)>("ncclCommGetAsyncError")(comm, state);
+  if (nccl_fails()) *state = kSystemError;
+  return result;
+}
+
+int ncclCommAbort(void* comm) {
+  while (nccl_fails() && std::strcmp(std::getenv("F_NCCL"), "stuck") == 0) pause();
+  return next<int(void*)>("ncclCommAbort")(comm);
+}
 
 // ---- MPI ----------------------------------------------------------------------------------------
 
