@@ -15,7 +15,7 @@ namespace {
 constexpr int kRanks = 4;
 
 JobOptions harmed(const std::string& output, const std::string& act, long rank, long call) {
-  JobOptions options = ring_job(output);
+  JobOptions options = ring_job(output, act == "stop" ? kTimeoutSeconds : kUnhurriedSeconds);
   options.environment.merge(std::map<std::string, std::string>{
       {"F_ACT", act}, {"F_RANK", std::to_string(rank)}, {"F_CALL", std::to_string(call)}});
   return options;
@@ -157,7 +157,7 @@ TEST(Promise04, LateRanksAreNoFault) {
   figures.note("first seed " + std::to_string(first_seed));
   side_by_side(whole_matrix() ? 200 : 3, [&](std::size_t i) {
     const TemporaryFolder folder;
-    JobOptions options = ring_job(folder.file("out.h5"));
+    JobOptions options = ring_job(folder.file("out.h5"), kTimeoutSeconds);
     std::map<std::string, std::string> fault = {
         {"F_ACT", "jitter"}, {"F_DELAY_MS", "10"}, {"F_SEED", std::to_string(first_seed + i)}};
     if (i % 10 == 0) {  // one delay of just under half the deadline

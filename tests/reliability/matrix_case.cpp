@@ -109,12 +109,12 @@ std::vector<long> points(long last, int quick, int whole) {
   return {result.begin(), result.end()};
 }
 
-JobOptions ring_job(const std::string& output) {
+JobOptions ring_job(const std::string& output, double timeout_seconds) {
   JobOptions options;
   options.environment["F_FOLDER"] = std::filesystem::path(output).parent_path().string();
   options.arguments = {"run",      "--op",    "ring",        "--mesh",
                        "sp=4",     "--input", sample_file(), "--causal",
-                       "--output", output,    "--timeout",   std::to_string(kTimeoutSeconds)};
+                       "--output", output,    "--timeout",   std::to_string(timeout_seconds)};
   return options;
 }
 

@@ -24,8 +24,9 @@ std::string earlier_output(const TemporaryFolder& folder) {
   return sha256_of(folder.file("out.h5"));
 }
 
-JobOptions replacing_job(const TemporaryFolder& folder) {
-  JobOptions options = ring_job(folder.file("out.h5"));
+JobOptions replacing_job(const TemporaryFolder& folder,
+                         double timeout_seconds = kUnhurriedSeconds) {
+  JobOptions options = ring_job(folder.file("out.h5"), timeout_seconds);
   options.arguments.emplace_back("--force");
   return options;
 }
@@ -171,7 +172,7 @@ TEST(Promise11, AWriterThatIsStoppedAndGoesOnTooLate) {
   side_by_side(ranks.size(), [&](std::size_t i) {
     const TemporaryFolder folder;
     const std::string before = earlier_output(folder);
-    JobOptions options = replacing_job(folder);
+    JobOptions options = replacing_job(folder, kTimeoutSeconds);
     options.environment.merge(Failing{"stop", "F_WRITE", ranks[i], 2, 0}.environment());
     const JobOutcome outcome = run_job(options);  // the launcher continues what it ends
     figures.add(outcome.seconds);
