@@ -38,7 +38,7 @@ class LatentConsumer {
 
  private:
   static constexpr int kThreads = 128;
-  static constexpr int kBothBarrier = 3 + 1;
+  static constexpr int kBothBarrier = 4;  // 3 is the gathering producer's
   static constexpr std::uint32_t kScoreBytes = 128 * Tile::kBlock / 2 * sizeof(float);
 
   __device__ int barrier() const { return 1 + warpgroup_; }
