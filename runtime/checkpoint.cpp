@@ -169,7 +169,9 @@ class CheckpointShapes {
     same(F::value, 2, F::key, 2, "heads");
     same(F::key, 3, F::query, 3, "head_dim");
     check_groups();
-    for (int dim = 0; dim < 3; ++dim) same(F::grad_output, dim, F::query, dim, kDims[dim]);
+    for (int dim = 0; dim < 3; ++dim) {
+      same(F::grad_output, dim, F::query, dim, kDims[static_cast<std::size_t>(dim)]);
+    }
     same(F::grad_output, 3, F::value, 3, "value_dim");
     same(F::documents, 0, F::query, 0, "batch");
     same(F::documents, 1, F::query, 1, "seq_q");
