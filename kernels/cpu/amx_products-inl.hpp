@@ -146,6 +146,77 @@ HWY_INLINE __m512i pair_of(__m512 lower, __m512 upper) {
   return _mm512_mask_blend_epi16(0xaaaaaaaaU, _mm512_srli_epi32(low, 16), high);
 }
 
+HWY_INLINE __m512i halves_of(__m512 first, __m512 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_add_epi32(_mm512_castps_si512(first), half);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(second), half);
+  const __m256i a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(low, 16));
+  const __m256i b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(high, 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+
+/// f32 rows [keys, lanes] as left operands [keys / 16, 2 steps, 16, 32 lanes], rounded; lanes
+/// beyond `vectors` are 0.
+inline void store_left_lanes(std::int64_t keys, std::int64_t vectors, const float* rows,
+                             char* left) {
+  const __m512 zero = _mm512_setzero_ps();
+  for (std::int64_t key = 0; key < keys; ++key) {
+    const float* row = rows + key * kTileLanes;
+    char* to = left + key / kAmxRows * 2 * kAmxBytes + key % kAmxRows * 64;
+    const __m512 second = vectors > 1 ? _mm512_load_ps(row + kLanes) : zero;
+    const __m512 third = vectors > 2 ? _mm512_load_ps(row + 2 * kLanes) : zero;
+    _mm512_store_si512(to, halves_of(_mm512_load_ps(row), second));
+    _mm512_store_si512(to + kAmxBytes, halves_of(third, zero));
+  }
+}
+
+/// Columns of a group of right operands, and 32-bit words of one: 64 rows in pairs.
+inline constexpr std::int64_t kRightWords = 32 * kTileLanes;
+
+/// f32 rows that hold bf16 values, `stride` apart, as right operands of a product over rows:
+/// [columns / 48, 32 pairs, 48], zeros beyond `count`.
+inline void store_right_rows(const float* rows, std::int64_t stride, std::int64_t count,
+                             std::int64_t columns, std::uint32_t* right) {
+  const __m512 zero = _mm512_setzero_ps();
+  for (std::int64_t pair = 0; pair < 32; ++pair) {
+    const float* row = rows + 2 * pair * stride;
+    for (std::int64_t column = 0; column < columns; column += kLanes) {
+      const __m512 lower = 2 * pair < count ? _mm512_loadu_ps(row + column) : zero;
+      const __m512 upper = 2 * pair + 1 < count ? _mm512_loadu_ps(row + stride + column) : zero;
+      _mm512_store_si512(
+          right + column / kTileLanes * kRightWords + pair * kTileLanes + column % kTileLanes,
+          pair_of(lower, upper));
+    }
+  }
+}
+
+/// f32 rows [lanes, columns] that hold bf16 values as right operands of a product over columns,
+/// [columns / 2, lanes]; `halves` has room for the rows as bf16, `columns` a multiple of 32.
+inline void store_right_columns(const float* rows, std::int64_t stride, std::int64_t columns,
+                                std::int64_t used, std::uint32_t sign, float* halves,
+                                float* right) {
+  const __m512i flip = _mm512_set1_epi32(static_cast<int>(sign));
+  for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+    for (std::int64_t d = 0; d < columns; d += kAmxDepth) {
+      const float* at = rows + lane * stride + d;
+      const __mmask16 low =
+          used - d >= 16 ? 0xffff : static_cast<__mmask16>((1U << (used - d)) - 1);
+      const std::int64_t rest = used - d - 16;
+      const __mmask16 high = rest >= 16  ? 0xffff
+                             : rest <= 0 ? 0
+                                         : static_cast<__mmask16>((1U << rest) - 1);
+      const __m512 first = _mm512_maskz_loadu_ps(low, at);
+      const __m512 second = _mm512_maskz_loadu_ps(high, at + 16);
+      const auto flipped = [&](__m512 x) HWY_ATTR {
+        return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x), flip));
+      };
+      _mm512_storeu_si512(halves + lane * (columns / 2) + d / 2,
+                          halves_of(flipped(first), flipped(second)));
+    }
+  }
+  transpose(halves, columns / 2, kTileLanes, columns / 2, right, kTileLanes);
+}
+
 /// Weights [keys, lanes] as right operands [keys / 2, lanes].
 inline void store_pairs(std::int64_t keys, std::int64_t vectors, const float* p,
                         std::uint32_t* pairs) {

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -14,6 +16,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
+#include "kernels/cpu/amx_products-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
@@ -86,8 +89,12 @@ class BackwardKeys {
         head_dim_(problem_.head_dim()),
         value_dim_(problem_.value_dim()),
         k_stride_(tile_stride(head_dim_)),
-        v_stride_(tile_stride(value_dim_)) {
+        v_stride_(tile_stride(value_dim_)),
+        amx_(uses_amx(problem_)) {
     const std::int64_t keys = backward_chunk_keys(problem_);
+#if ANNULUS_AMX
+    if (amx_) take_amx(scratch);
+#endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
     for (float** panels : {&k_, &k_columns_}) *panels = scratch.take(keys * head_dim_);
@@ -115,7 +122,8 @@ class BackwardKeys {
     return (keys + 8) * strides + keys * (2 * problem.head_dim() + problem.value_dim()) +
            (8 + kTileLanes) * strides +
            kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
-           6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24;
+           6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24 +
+           (uses_amx(problem) ? amx_floats(problem) : 0);
   }
 
   void compute(std::int64_t chunk, AccumulationOrder& order) {
@@ -124,6 +132,10 @@ class BackwardKeys {
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
     }
     if (slices_.empty()) return;
+#if ANNULUS_AMX
+    std::optional<AmxTiles> configured;
+    if (amx_) configured.emplace();
+#endif
     load_keys();
     for (std::int64_t tile = order.tiles() - 1; tile >= 0; --tile) {
       if (!order.meets(chunk, tile)) continue;
@@ -137,6 +149,22 @@ class BackwardKeys {
   }
 
  private:
+  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
+#if ANNULUS_AMX
+    return problem.q.dtype == DType::bf16 && cpu::has_amx();
+#else
+    return false;
+#endif
+  }
+
+  static std::int64_t amx_floats(const AttentionProblem& problem) {
+    const std::int64_t depth = round_up(std::max(problem.head_dim(), problem.value_dim()), 32);
+    const std::int64_t right = round_up(depth, kTileLanes) * 32;
+    return 3 * backward_chunk_keys(problem) * depth / 2 + 2 * kKeyTile * 32 + 16 * depth * 2 +
+           3 * kTileLanes * depth / 2 + 2 * right + kKeyTile / 2 * kTileLanes + 32 * kTileLanes +
+           16 * 32;
+  }
+
   // K and V in panels of keys, [keys / 8, dim, 8], and K also in panels of its columns,
   // [head_dim / 8, keys, 8], for dQ.
   void load_keys() {
@@ -152,6 +180,9 @@ class BackwardKeys {
     }
     std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
     std::fill_n(dv_, (keys + 8) * v_stride_, 0.0F);
+#if ANNULUS_AMX
+    if (amx_) load_half_keys();
+#endif
   }
 
   void load_panel(const ConstTensorView& view, std::int64_t first, std::int64_t count,
@@ -210,6 +241,9 @@ class BackwardKeys {
     if (problem_.scale < 0.0F) {
       for (std::int64_t i = 0; i < head_dim_ * kTileLanes; ++i) q_[i] = -q_[i];
     }
+#if ANNULUS_AMX
+    if (amx_) load_half_queries(rows.count);
+#endif
   }
 
   float statistic(const ConstTensorView& view, std::int64_t head, std::int64_t query) const {
@@ -231,20 +265,16 @@ class BackwardKeys {
   void add_run(const LogitsTile& tile) {
     const std::int64_t keys = tile.run.keys.size();
     const std::int64_t first = tile.run.keys.begin - rows_.keys.begin;
-    const std::int64_t before = first % 8;
-    const std::int64_t panels = round_up(before + keys, 8);
+    const std::int64_t whole = amx_ ? 32 : 8;
+    const std::int64_t before = first % whole;
+    const std::int64_t panels = round_up(before + keys, whole);
     float* p = p_ + before * kTileLanes;
     float* ds = ds_ + before * kTileLanes;
-    gemm<Update::overwrite, Layout::panels>({panels, tile.vectors, head_dim_},
-                                            {k_ + (first - before) * head_dim_, 8 * head_dim_}, q_,
-                                            kTileLanes, p_, kTileLanes, nullptr, &prefetch_);
+    multiply_queries(tile, first - before, panels);
     products_to_logits(tile, buffers_, p);
-    const bool masked = !tile.run.full || problem_.dense_mask;
+    const bool masked = !tile.run.full || problem_.dense_mask || (amx_ && panels != keys);
     const auto recompute = masked ? recompute_probabilities<true> : recompute_probabilities<false>;
     recompute(keys, tile.vectors, logit_factor(problem_), lse_, p);
-    gemm<Update::overwrite, Layout::panels>(
-        {panels, tile.vectors, value_dim_}, {v_ + (first - before) * value_dim_, 8 * value_dim_},
-        grad_o_, kTileLanes, ds_, kTileLanes, nullptr, &prefetch_);
     const bool dropout = problem_.dropout.probability > 0.0F;
     if (dropout) {
       load_dropout_tile(problem_.dropout, rows_.batch, tile.rows, tile.vectors, tile.run.keys,
@@ -262,8 +292,156 @@ class BackwardKeys {
     if (masked && !operands_are_finite(first - before, panels)) {
       return add_kept_products(tile, first, p, ds);
     }
+#if ANNULUS_AMX
+    if (amx_) return add_half_products(tile, first - before, before, panels);
+#endif
     add_products(tile, first, p, ds);
   }
+
+  // K·Qᵀ and V·dOᵀ for whole panels of keys.
+  void multiply_queries(const LogitsTile& tile, std::int64_t first, std::int64_t keys) {
+#if ANNULUS_AMX
+    if (amx_) return multiply_half_queries(tile.vectors, first, keys);
+#endif
+    gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, head_dim_},
+                                            {k_ + first * head_dim_, 8 * head_dim_}, q_, kTileLanes,
+                                            p_, kTileLanes, nullptr, &prefetch_);
+    gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, value_dim_},
+                                            {v_ + first * value_dim_, 8 * value_dim_}, grad_o_,
+                                            kTileLanes, ds_, kTileLanes, nullptr, &prefetch_);
+  }
+
+#if ANNULUS_AMX
+  static std::int64_t depth_of(std::int64_t dim) { return round_up(dim, kAmxDepth); }
+  // Bytes of one row tile of left operands over a dim, and over the keys of a chunk.
+  static std::int64_t tile_bytes(std::int64_t dim) { return depth_of(dim) / kAmxDepth * kAmxBytes; }
+
+  void take_amx(Scratch& scratch) {
+    const std::int64_t keys = backward_chunk_keys(problem_);
+    const std::int64_t depth = std::max(depth_of(head_dim_), depth_of(value_dim_));
+    const auto bytes = [&](std::int64_t count) {
+      return reinterpret_cast<char*>(scratch.take(count / 4));
+    };
+    half_k_ = bytes(keys * depth * 2);
+    half_v_ = bytes(keys * depth * 2);
+    half_k_columns_ = bytes(keys * depth * 2);
+    left_p_ = bytes(kKeyTile * 128);
+    left_ds_ = bytes(kKeyTile * 128);
+    half_rows_ = reinterpret_cast<std::uint16_t*>(scratch.take(kAmxDepth * depth / 2));
+    pair_rows_ = scratch.take(kAmxRows * depth);
+    halves_ = scratch.take(kTileLanes * depth / 2);
+    right_q_ = scratch.take(depth / 2 * kTileLanes);
+    right_grad_o_ = scratch.take(depth / 2 * kTileLanes);
+    for (std::uint32_t** right : {&right_q_rows_, &right_grad_o_rows_}) {
+      *right = reinterpret_cast<std::uint32_t*>(
+          scratch.take(round_up(depth, kTileLanes) / kTileLanes * kRightWords));
+    }
+    pairs_ = reinterpret_cast<std::uint32_t*>(scratch.take(kKeyTile / 2 * kTileLanes));
+    products_ = scratch.take(2 * kAmxRows * kTileLanes);
+  }
+
+  void load_half_keys() {
+    const std::int64_t keys = rows_.keys.size();
+    const std::int64_t depth = depth_of(head_dim_);
+    for (std::int64_t first = 0; first < keys; first += kAmxDepth) {
+      for (std::int64_t i = 0; i < kAmxDepth; ++i) {
+        load_half_key(problem_.v, first + i, half_rows_);
+        store_left_row(half_rows_, value_dim_, first + i, half_v_);
+      }
+      for (std::int64_t i = 0; i < kAmxDepth; ++i) {
+        std::uint16_t* row = half_rows_ + i * depth;
+        load_half_key(problem_.k, first + i, row);
+        store_left_row(row, head_dim_, first + i, half_k_);
+      }
+      store_left_columns(half_rows_, depth, head_dim_, backward_chunk_keys(problem_) / kAmxDepth,
+                         pair_rows_, half_k_columns_ + first / kAmxDepth * kAmxBytes);
+    }
+  }
+
+  void load_half_key(const ConstTensorView& view, std::int64_t i, std::uint16_t* to) const {
+    if (i >= rows_.keys.size()) {
+      std::fill_n(to, depth_of(view.shape[3]), std::uint16_t{0});
+      return;
+    }
+    const std::int64_t at = row_offset(view, rows_.batch, rows_.keys.begin + i, rows_.kv_head);
+    copy_half_row(static_cast<const std::uint16_t*>(view.data) + at, view.shape[3], to);
+  }
+
+  void load_half_queries(std::int64_t count) {
+    const std::uint32_t sign = problem_.scale < 0.0F ? 0x80000000U : 0;
+    store_right_columns(q_rows_, k_stride_, depth_of(head_dim_), head_dim_, sign, halves_,
+                        right_q_);
+    store_right_columns(grad_o_rows_, v_stride_, depth_of(value_dim_), value_dim_, 0, halves_,
+                        right_grad_o_);
+    store_right_rows(q_rows_, k_stride_, count, round_up(head_dim_, 16), right_q_rows_);
+    store_right_rows(grad_o_rows_, v_stride_, count, round_up(value_dim_, 16), right_grad_o_rows_);
+  }
+
+  void multiply_half_queries(std::int64_t vectors, std::int64_t first, std::int64_t keys) {
+    const std::int64_t k_bytes = tile_bytes(head_dim_);
+    const std::int64_t v_bytes = tile_bytes(value_dim_);
+    for (std::int64_t key = 0; key < keys; key += 2 * kAmxRows) {
+      const std::int64_t tile = (first + key) / kAmxRows;
+      amx_product(2, vectors, k_bytes / kAmxBytes, {half_k_ + tile * k_bytes, k_bytes}, right_q_,
+                  p_ + key * kTileLanes);
+      amx_product(2, vectors, v_bytes / kAmxBytes, {half_v_ + tile * v_bytes, v_bytes},
+                  right_grad_o_, ds_ + key * kTileLanes);
+      prefetch_.step();
+    }
+  }
+
+  // As add_products, for `all` keys of which those around the run weigh nothing.
+  void add_half_products(const LogitsTile& tile, std::int64_t first, std::int64_t before,
+                         std::int64_t all) {
+    const std::int64_t end = before + tile.run.keys.size();
+    for (float* rows : {p_, ds_}) {
+      std::fill(rows, rows + before * kTileLanes, 0.0F);
+      std::fill(rows + end * kTileLanes, rows + all * kTileLanes, 0.0F);
+    }
+    store_left_lanes(all, tile.vectors, p_, left_p_);
+    store_left_lanes(all, tile.vectors, ds_, left_ds_);
+    const std::int64_t steps = tile.rows.count > kAmxDepth ? 2 : 1;
+    add_to_keys(all, steps, left_p_, right_grad_o_rows_, value_dim_, v_stride_,
+                dv_ + first * v_stride_);
+    add_to_keys(all, steps, left_ds_, right_q_rows_, head_dim_, k_stride_, dk_ + first * k_stride_);
+    if (call_.grad_q) add_to_queries(tile.vectors, first, all);
+  }
+
+  // to[key, column] += left·right.
+  void add_to_keys(std::int64_t keys, std::int64_t steps, const char* left,
+                   const std::uint32_t* right, std::int64_t dim, std::int64_t stride, float* to) {
+    const Floats d;
+    const std::int64_t all_vectors = (dim + kLanes - 1) / kLanes;
+    for (std::int64_t vector = 0; vector < all_vectors; vector += kTileVectors) {
+      const std::int64_t vectors = std::min<std::int64_t>(kTileVectors, all_vectors - vector);
+      for (std::int64_t key = 0; key < keys; key += 2 * kAmxRows) {
+        amx_product(2, vectors, steps, {left + key / kAmxRows * 2 * kAmxBytes, 2 * kAmxBytes},
+                    right + vector / kTileVectors * kRightWords, products_);
+        for_each_vector(2 * kAmxRows, vectors, products_,
+                        [&](std::int64_t i, std::int64_t v, float* at) HWY_ATTR {
+                          float* sum = to + (key + i) * stride + (vector + v) * kLanes;
+                          hn::Store(hn::Add(hn::Load(d, sum), hn::Load(d, at)), d, sum);
+                        });
+      }
+    }
+  }
+
+  void add_to_queries(std::int64_t vectors, std::int64_t first, std::int64_t keys) {
+    const Floats d;
+    store_pairs(keys, vectors, ds_, pairs_);
+    const std::int64_t bytes = backward_chunk_keys(problem_) / kAmxDepth * kAmxBytes;
+    const char* left = half_k_columns_ + first / kAmxDepth * kAmxBytes;
+    for (std::int64_t row = 0; row < head_dim_; row += 2 * kAmxRows) {
+      const std::int64_t rows = std::min(head_dim_ - row, 2 * kAmxRows);
+      amx_product((rows + kAmxRows - 1) / kAmxRows, vectors, keys / kAmxDepth,
+                  {left + row / kAmxRows * bytes, bytes}, pairs_, products_);
+      float* dq = dq_ + row * kTileLanes;
+      for_each_vector(rows, vectors, dq, [&](std::int64_t, std::int64_t, float* at) HWY_ATTR {
+        hn::Store(hn::Add(hn::Load(d, at), hn::Load(d, products_ + (at - dq))), d, at);
+      });
+    }
+  }
+#endif
 
   // Of the right operands of dV, dK and dQ.
   bool operands_are_finite(std::int64_t first, std::int64_t keys) const {
@@ -357,6 +535,24 @@ class BackwardKeys {
   float* grad_o_ = nullptr;  // [value_dim, lanes]
   float* p_ = nullptr;       // [keys + panel, lanes], as ds
   float* ds_ = nullptr;
+  bool amx_;
+#if ANNULUS_AMX
+  // In bf16, as operands of the tile unit: K and V by rows, K by columns, P and dS by rows.
+  char* half_k_ = nullptr;
+  char* half_v_ = nullptr;
+  char* half_k_columns_ = nullptr;
+  char* left_p_ = nullptr;
+  char* left_ds_ = nullptr;
+  std::uint16_t* half_rows_ = nullptr;  // [32, dim]
+  float* pair_rows_ = nullptr;          // [16, dim]
+  float* halves_ = nullptr;             // [lanes, dim / 2]
+  float* right_q_ = nullptr;            // [head_dim / 2, lanes], as right_grad_o
+  float* right_grad_o_ = nullptr;
+  std::uint32_t* right_q_rows_ = nullptr;  // [columns / 48, lanes / 2, 48], as right_grad_o_rows
+  std::uint32_t* right_grad_o_rows_ = nullptr;
+  std::uint32_t* pairs_ = nullptr;  // [keys / 2, lanes]
+  float* products_ = nullptr;       // [32, lanes]
+#endif
   float* lse_ = nullptr;    // [lanes]
   float* delta_ = nullptr;  // [lanes]
   PairBuffers buffers_;
