@@ -25,7 +25,7 @@ namespace {
 
 // Tokens of a tile. All heads read a tile before the next one is touched: they lie next to each
 // other in memory. K and V of this tile and the next fit L2.
-constexpr std::int64_t kTile = 32;
+constexpr std::int64_t kTile = 16;
 // Scores of a quad: [token, row].
 constexpr std::int64_t kScores = kTile * kQuad;
 
@@ -35,39 +35,6 @@ struct Tile {
   std::int64_t count = 0;
   std::array<const char*, kTile + kQuadKeys> k{};
   std::array<const char*, kTile + kQuadKeys> v{};
-};
-
-// Asks for the rows of a tile in the order of memory, a few lines at a time between the products
-// of the tile before.
-class TilePrefetch {
- public:
-  TilePrefetch(const char* const* rows, std::int64_t count, std::int64_t row_bytes,
-               std::int64_t steps)
-      : rows_(rows), end_(rows + (row_bytes > 0 ? count : 0)), row_bytes_(row_bytes) {
-    const std::int64_t pieces = count * ((row_bytes + kPiece - 1) / kPiece);
-    pieces_ = (pieces + steps - 1) / std::max<std::int64_t>(steps, 1);
-  }
-
-  HWY_INLINE void step() {
-    for (std::int64_t i = 0; i < pieces_ && rows_ != end_; ++i) {
-      const char* at = *rows_ + byte_;
-      HWY_UNROLL(4)
-      for (int line = 0; line < kPiece / 64; ++line) __builtin_prefetch(at + line * 64, 0, 2);
-      byte_ += kPiece;
-      if (byte_ < row_bytes_) continue;
-      byte_ = 0;
-      ++rows_;
-    }
-  }
-
- private:
-  static constexpr std::int64_t kPiece = 256;
-
-  const char* const* rows_;
-  const char* const* end_;
-  std::int64_t row_bytes_;
-  std::int64_t pieces_ = 0;  // of a step
-  std::int64_t byte_ = 0;
 };
 
 // Four rows of one KV head.
@@ -185,25 +152,21 @@ class DecodePages {
       row = 0;
       ++page;
     }
-    for (std::int64_t i = tile.count; i > 0 && i < round_up(tile.count, kQuadKeys); ++i) {
-      tile.k[static_cast<std::size_t>(i)] = tile.k[static_cast<std::size_t>(tile.count - 1)];
+    // Products read whole quads of keys, and ask for rows of a tile that may be shorter or empty.
+    const auto* nothing = static_cast<const char*>(problem_.q.data);
+    for (auto i = static_cast<std::size_t>(tile.count); i < tile.k.size(); ++i) {
+      tile.k[i] = i > 0 ? tile.k[i - 1] : nothing;
+      tile.v[i] = i > 0 ? tile.v[i - 1] : nothing;
     }
   }
 
-  // Bytes of a token of a cache, where its heads lie next to each other.
-  static std::int64_t row_bytes(const ConstTensorView& view) {
-    if (view.shape[2] > 1 && view.strides[2] != view.shape[3]) return 0;
-    return view.shape[2] * view.shape[3] * Rows::kBytes;
-  }
-
   void score(const Tile& tile, const Tile& next) {
-    const std::int64_t steps = static_cast<std::int64_t>(quads_.size()) * kTile / kQuadKeys;
-    TilePrefetch prefetch(next.k.data(), next.count, row_bytes(problem_.k), steps);
     for (std::size_t i = 0; i < quads_.size(); ++i) {
-      const CacheRows k{tile.k.data(), head_of(i) * problem_.k.strides[2] * Rows::kBytes};
+      const std::int64_t head = head_of(i) * problem_.k.strides[2] * Rows::kBytes;
+      const CacheRows k{tile.k.data(), head};
+      const CacheRows ahead{next.k.data(), head};
       for (std::int64_t token = 0; token < tile.count; token += kQuadKeys) {
-        prefetch.step();
-        score_keys<Rows>(k, token, problem_.head_dim(), quads_[i].q, q_stride_,
+        score_keys<Rows>(k, ahead, token, problem_.head_dim(), quads_[i].q, q_stride_,
                          quads_[i].s + token * kQuad);
       }
     }
@@ -282,22 +245,18 @@ class DecodePages {
   }
 
   void add(const Tile& tile, const Tile& next) {
-    constexpr std::int64_t kColumns = kPair * (kPanelRows == 8 ? 2 : 1);
-    const std::int64_t blocks = (problem_.value_dim() + kColumns - 1) / kColumns;
-    const std::int64_t steps = static_cast<std::int64_t>(quads_.size()) * blocks * kTile / 4;
-    TilePrefetch prefetch(next.v.data(), problem_.latent() ? 0 : next.count, row_bytes(problem_.v),
-                          steps);
-    const auto step = [&]() HWY_ATTR { prefetch.step(); };
     const bool full = sees_all(tile);
     for (std::size_t i = 0; i < quads_.size(); ++i) {
       Quad& quad = quads_[i];
-      const CacheRows v{tile.v.data(), head_of(i) * problem_.v.strides[2] * Rows::kBytes};
+      const std::int64_t head = head_of(i) * problem_.v.strides[2] * Rows::kBytes;
+      const CacheRows v{tile.v.data(), head};
+      const CacheRows ahead{next.v.data(), head};
       if (full) {
-        add_values<Rows, Weights::all>(v, tile.count, problem_.value_dim(), quad.s, quad.rescale,
-                                       quad.o, o_stride_, step);
+        add_values<Rows, Weights::all>(v, ahead, tile.count, problem_.value_dim(), quad.s,
+                                       quad.rescale, quad.o, o_stride_);
       } else {
-        add_values<Rows, Weights::kept>(v, tile.count, problem_.value_dim(), quad.s, quad.rescale,
-                                        quad.o, o_stride_, step);
+        add_values<Rows, Weights::kept>(v, ahead, tile.count, problem_.value_dim(), quad.s,
+                                        quad.rescale, quad.o, o_stride_);
       }
     }
   }

@@ -185,17 +185,28 @@ struct CacheRows {
   const char* operator[](std::int64_t token) const { return rows[token] + head_bytes; }
 };
 
-/// Products of a quad with kQuadKeys keys: s[key, row].
+/// Asks for what a pair of vectors will read from a row in the next tile, one line at a time: a
+/// core has 16 line buffers, which rows asked for in one go would hold for all others.
 template <class Rows>
-HWY_INLINE void score_keys(const CacheRows& k, std::int64_t token, std::int64_t columns,
-                           const float* HWY_RESTRICT q, std::int64_t q_stride,
+HWY_INLINE void prefetch_pair(const char* row, std::int64_t column) {
+  const char* at = row + column * Rows::kBytes;
+  __builtin_prefetch(at, 0, 2);
+  if constexpr (kPair * Rows::kBytes > 64) __builtin_prefetch(at + 64, 0, 2);
+}
+
+/// Products of a quad with kQuadKeys keys: s[key, row]. `ahead` are those of the next tile.
+template <class Rows>
+HWY_INLINE void score_keys(const CacheRows& k, const CacheRows& ahead, std::int64_t token,
+                           std::int64_t columns, const float* HWY_RESTRICT q, std::int64_t q_stride,
                            float* HWY_RESTRICT s) {
   const Floats d;
   const char* row[kQuadKeys];
+  const char* later[kQuadKeys];
   FloatVec sum[kQuadKeys][kQuad];
   HWY_UNROLL(4)
   for (int key = 0; key < kQuadKeys; ++key) {
     row[key] = k[token + key];
+    later[key] = ahead[token + key];
     HWY_UNROLL(4)
     for (int r = 0; r < kQuad; ++r) sum[key][r] = hn::Zero(d);
   }
@@ -217,7 +228,10 @@ HWY_INLINE void score_keys(const CacheRows& k, std::int64_t token, std::int64_t 
   std::int64_t column = 0;
   for (; column + kPair <= columns; column += kPair) {
     HWY_UNROLL(4)
-    for (int key = 0; key < kQuadKeys; ++key) Rows::load(row[key], column, a[key], b[key]);
+    for (int key = 0; key < kQuadKeys; ++key) {
+      Rows::load(row[key], column, a[key], b[key]);
+      prefetch_pair<Rows>(later[key], column);
+    }
     add(a, b, column);
   }
   if (column < columns) {
@@ -233,11 +247,11 @@ HWY_INLINE void score_keys(const CacheRows& k, std::int64_t token, std::int64_t 
 enum class Weights : std::uint8_t { all, kept };
 
 /// o ← o·rescale + p·V for kPairs pairs of vectors of columns, p[token, row].
-template <class Rows, int kPairs, Weights kWeights, class Step>
-HWY_INLINE void add_value_columns(const CacheRows& v, std::int64_t tokens, std::int64_t column,
-                                  std::int64_t tail, const float* HWY_RESTRICT p,
-                                  const float* HWY_RESTRICT rescale, float* HWY_RESTRICT o,
-                                  std::int64_t o_stride, const Step& step) {
+template <class Rows, int kPairs, Weights kWeights>
+HWY_INLINE void add_value_columns(const CacheRows& v, const CacheRows& ahead, std::int64_t tokens,
+                                  std::int64_t column, std::int64_t tail,
+                                  const float* HWY_RESTRICT p, const float* HWY_RESTRICT rescale,
+                                  float* HWY_RESTRICT o, std::int64_t o_stride) {
   const Floats d;
   constexpr int kVectors = 2 * kPairs;
   FloatVec sum[kQuad][kVectors];  // apart from o, beside which small terms would be rounded away
@@ -247,8 +261,8 @@ HWY_INLINE void add_value_columns(const CacheRows& v, std::int64_t tokens, std::
     for (int c = 0; c < kVectors; ++c) sum[r][c] = hn::Zero(d);
   }
   for (std::int64_t token = 0; token < tokens; ++token) {
-    if (token % 4 == 0) step();
     const char* row = v[token];
+    const char* later = ahead[token];
     FloatVec value[kVectors];
     if (tail > 0) {
       RowTail<Rows>(row, column, tail).load(value[0], value[1]);
@@ -256,6 +270,7 @@ HWY_INLINE void add_value_columns(const CacheRows& v, std::int64_t tokens, std::
       HWY_UNROLL(2)
       for (int c = 0; c < kPairs; ++c) {
         Rows::load(row, column + c * kPair, value[2 * c], value[2 * c + 1]);
+        prefetch_pair<Rows>(later, column + c * kPair);
       }
     }
     HWY_UNROLL(4)
@@ -279,19 +294,19 @@ HWY_INLINE void add_value_columns(const CacheRows& v, std::int64_t tokens, std::
 }
 
 /// The same for all columns of a row.
-template <class Rows, Weights kWeights, class Step>
-HWY_INLINE void add_values(const CacheRows& v, std::int64_t tokens, std::int64_t columns,
-                           const float* p, const float* rescale, float* o, std::int64_t o_stride,
-                           const Step& step) {
+template <class Rows, Weights kWeights>
+HWY_INLINE void add_values(const CacheRows& v, const CacheRows& ahead, std::int64_t tokens,
+                           std::int64_t columns, const float* p, const float* rescale, float* o,
+                           std::int64_t o_stride) {
   constexpr int kPairs = kPanelRows == 8 ? 2 : 1;
   std::int64_t column = 0;
   for (; column + kPairs * kPair <= columns; column += kPairs * kPair) {
-    add_value_columns<Rows, kPairs, kWeights>(v, tokens, column, 0, p, rescale, o, o_stride, step);
+    add_value_columns<Rows, kPairs, kWeights>(v, ahead, tokens, column, 0, p, rescale, o, o_stride);
   }
   for (; column < columns; column += kPair) {
     const std::int64_t left = columns - column;
-    add_value_columns<Rows, 1, kWeights>(v, tokens, column, left < kPair ? left : 0, p, rescale, o,
-                                         o_stride, step);
+    add_value_columns<Rows, 1, kWeights>(v, ahead, tokens, column, left < kPair ? left : 0, p,
+                                         rescale, o, o_stride);
   }
 }
 
