@@ -6,12 +6,16 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <numeric>
 
 #include "kernels/cpu/peak.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "launch/decode_case.hpp"
 #include "launch/parse.hpp"
+#include "launch/report.hpp"
+#include "runtime/context.hpp"
+#include "sharding/decode_merge.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -30,50 +34,128 @@ double median(std::vector<double> values) {
 // Reading memory once, on all threads: the ceiling of any decode.
 class MemoryRead {
  public:
-  MemoryRead() : buffer_(Device::cpu, kFloats * 4) {
+  MemoryRead() : buffer_(Device::cpu, kBytes) {
     fill_bytes(buffer_.data(), Device::cpu, 1, buffer_.bytes());
   }
-  double bytes_per_second() const {
+  static constexpr std::int64_t kBytes = std::int64_t{256} << 20;
+
+  void read() const {
     volatile float sum = 0.0F;
-    const auto* data = static_cast<const float*>(buffer_.data());
-    const double seconds = seconds_of([&] { sum = kernels::cpu::read_floats(data, kFloats); });
-    return 4.0 * static_cast<double>(kFloats) / seconds;
+    sum = kernels::cpu::read_floats(static_cast<const float*>(buffer_.data()), kBytes / 4);
+    static_cast<void>(sum);
   }
 
  private:
-  static constexpr std::int64_t kFloats = std::int64_t{1} << 26;
   Buffer buffer_;
 };
 
-BenchRow measure(const DecodeBenchOptions& options, const MemoryRead& memory,
-                 const std::string& cache, const DecodeShape& shape) {
-  const DecodeCase decode(Device::cpu, options, cache, shape);
-  const auto run = [&] {
-    decode_forward({decode.problem(), {}, decode.o(), decode.log_sum_exp(), {}});
-  };
-  run();
-  std::vector<double> seconds;
-  std::vector<double> ceilings;
-  for (int i = 0; i < options.repeats; ++i) {
-    ceilings.push_back(memory.bytes_per_second());
-    seconds.push_back(seconds_of(run));
-  }
-  BenchRow row = decode.row(fmt::format("cpu x{}", kernels::cpu::threads()));
-  row.seconds = median(seconds);
-  row.rate = static_cast<double>(decode.cache_bytes()) / row.seconds * 1e-9;
-  row.ceiling = median(ceilings) * 1e-9;
-  return row;
+double largest(Communicator& ranks, double mine) {
+  std::vector<double> all(static_cast<std::size_t>(ranks.size()));
+  ranks.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+  return *std::max_element(all.begin(), all.end());
 }
 
-std::vector<BenchRow> bench_cpu_decode(const DecodeBenchOptions& options) {
+// Seconds of the slowest rank.
+double timed(Communicator& ranks, const std::function<void()>& work) {
+  ranks.barrier();
+  return largest(ranks, seconds_of(work));
+}
+
+// One decode step of a rank: its part of the cache, then the exchange.
+class Step {
+ public:
+  Step(Communicator& ranks, const DecodeCase& decode)
+      : ranks_(ranks), decode_(decode), split_(ranks.size() > 1) {
+    if (!split_) return;
+    const DecodeProblem& problem = decode.problem();
+    const std::int64_t rows = problem.tokens() * problem.q_heads();
+    memory_ = Buffer(Device::cpu, rows * (problem.value_dim() + 2) * 4);
+    auto* data = static_cast<float*>(memory_.data());
+    const Shape statistics{1, problem.q_heads(), problem.tokens()};
+    float* max = data + rows * problem.value_dim();
+    state_ = {TensorView(data, DType::f32,
+                         Shape{1, problem.tokens(), problem.q_heads(), problem.value_dim()}),
+              TensorView(max, DType::f32, statistics),
+              TensorView(max + rows, DType::f32, statistics)};
+  }
+  void run() const {
+    if (!split_) {
+      return decode_forward({decode_.problem(), {}, decode_.o(), decode_.log_sum_exp(), {}});
+    }
+    decode_forward({decode_.problem(), state_, {}, {}, {}});
+    exchange();
+  }
+  void exchange() const {
+    if (!split_) return;
+    merge_over_ranks(ranks_, state_, decode_.o(), decode_.log_sum_exp(), MergedHeads::everywhere);
+  }
+
+ private:
+  Communicator& ranks_;
+  const DecodeCase& decode_;
+  bool split_;
+  Buffer memory_;
+  AttentionState state_;
+};
+
+struct Measured {
+  BenchRow row;
+  double exchange_seconds = 0.0;
+};
+
+Measured measure(Communicator& ranks, const DecodeBenchOptions& options, const MemoryRead& memory,
+                 const std::string& cache, const DecodeShape& shape) {
+  const CacheDeal deal{options.page_size, ranks.size(), ranks.rank()};
+  const DecodeCase decode(Device::cpu, options, cache, shape, deal);
+  const Step step(ranks, decode);
+  step.run();
+  std::vector<double> seconds;
+  std::vector<double> exchanges;
+  std::vector<double> ceilings;
+  for (int i = 0; i < options.repeats; ++i) {
+    // The ranks read at the same time, and the slowest counts, as it does in a step.
+    const double reading = timed(ranks, [&] { memory.read(); });
+    ceilings.push_back(static_cast<double>(MemoryRead::kBytes) * ranks.size() / reading);
+    seconds.push_back(timed(ranks, [&] { step.run(); }));
+    exchanges.push_back(timed(ranks, [&] { step.exchange(); }));
+  }
+  const auto bytes = static_cast<double>(decode.cache_bytes());
+  std::vector<double> all(static_cast<std::size_t>(ranks.size()));
+  ranks.all_gather(std::as_bytes(std::span(&bytes, 1)), std::as_writable_bytes(std::span(all)));
+  Measured measured{decode.row(fmt::format("cpu x{}", kernels::cpu::threads())), median(exchanges)};
+  measured.row.ranks = ranks.size();
+  measured.row.seconds = median(seconds);
+  measured.row.rate = std::accumulate(all.begin(), all.end(), 0.0) / measured.row.seconds * 1e-9;
+  measured.row.ceiling = median(ceilings) * 1e-9;
+  return measured;
+}
+
+void print_exchange(const Measured& measured) {
+  const BenchRow& row = measured.row;
+  const double reading = row.rate / row.ceiling * row.seconds;
+  fmt::print(
+      "{} {}x{}: a step takes {}, reading the cache once {} and the exchange {}: {:.3f} of "
+      "their sum\n",
+      row.name, row.batch, row.seq_kv, format_seconds(row.seconds), format_seconds(reading),
+      format_seconds(measured.exchange_seconds),
+      row.seconds / (reading + measured.exchange_seconds));
+}
+
+void bench_cpu_decode(const DecodeBenchOptions& options, bool json) {
+  Context context;
   const MemoryRead memory;
-  std::vector<BenchRow> rows;
+  std::vector<Measured> all;
   for (const std::string& cache : options.caches) {
     for (const DecodeShape& shape : options.shapes) {
-      rows.push_back(measure(options, memory, cache, shape));
+      all.push_back(measure(context.world(), options, memory, cache, shape));
     }
   }
-  return rows;
+  if (context.rank() != 0) return;
+  std::vector<BenchRow> rows;
+  for (const Measured& measured : all) rows.push_back(measured.row);
+  print_rows(rows, json);
+  if (json || context.size() == 1) return;
+  for (const Measured& measured : all) print_exchange(measured);
 }
 
 // "8x32768".
@@ -154,9 +236,8 @@ void bench_decode(Arguments arguments) {
   add_options(app, line);
   if (!parse(app, arguments)) return;
   complete(line);
-  print_rows(
-      line.backend == "cuda" ? bench_cuda_decode(line.options) : bench_cpu_decode(line.options),
-      line.json);
+  if (line.backend == "cpu") return bench_cpu_decode(line.options, line.json);
+  print_rows(bench_cuda_decode(line.options), line.json);
 }
 
 }  // namespace annulus::launch
