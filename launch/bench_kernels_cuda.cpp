@@ -1,5 +1,3 @@
-#include <cublas_v2.h>
-
 #include <cmath>
 #include <memory>
 #include <random>
@@ -10,6 +8,7 @@
 #include "kernels/cudnn_support.hpp"
 #include "kernels/error.hpp"
 #include "launch/bench_cuda.hpp"
+#include "launch/cublas_cuda.hpp"
 #include "launch/device_timer.hpp"
 
 namespace annulus::launch {
@@ -37,7 +36,7 @@ Buffer random_buffer(std::int64_t elements, DType dtype) {
 
 void check(cublasStatus_t status, const char* call) {
   require(status == CUBLAS_STATUS_SUCCESS, ExitCode::internal, "cublas: {} failed: {}", call,
-          cublasGetStatusString(status));
+          Cublas::library().status_text(status));
 }
 
 /// The ceiling of the tensor cores: a square product in bf16 with fp32 sums.
@@ -47,9 +46,9 @@ class Gemm {
       : a_(random_buffer(kGemm * kGemm, DType::bf16)),
         b_(random_buffer(kGemm * kGemm, DType::bf16)),
         c_(Device::cuda, kGemm * kGemm * 2) {
-    check(cublasCreate(&handle_), "cublasCreate");
+    check(cublas_.create(&handle_), "cublasCreate");
   }
-  ~Gemm() { cublasDestroy(handle_); }
+  ~Gemm() { cublas_.destroy(handle_); }
   Gemm(const Gemm&) = delete;
   Gemm& operator=(const Gemm&) = delete;
 
@@ -57,7 +56,7 @@ class Gemm {
     const float one = 1.0F;
     const float zero = 0.0F;
     const int n = static_cast<int>(kGemm);
-    check(cublasGemmEx(handle_, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, a_.data(), CUDA_R_16BF, n,
+    check(cublas_.gemm(handle_, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, a_.data(), CUDA_R_16BF, n,
                        b_.data(), CUDA_R_16BF, n, &zero, c_.data(), CUDA_R_16BF, n,
                        CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
           "cublasGemmEx");
@@ -65,6 +64,7 @@ class Gemm {
   static double flops() { return 2.0 * static_cast<double>(kGemm * kGemm * kGemm); }
 
  private:
+  const Cublas& cublas_ = Cublas::library();
   cublasHandle_t handle_ = nullptr;
   Buffer a_;
   Buffer b_;
