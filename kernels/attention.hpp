@@ -107,6 +107,9 @@ struct BackwardCall {
   TensorView grad_bias;         // f32, shape of bias; absent: not wanted
   bool deterministic = false;   // device kernels only: the CPU's are always
   Stream stream;
+  /// [batch, seq_q, q_heads, value_dim] in q's dtype: cudnn reads it, and without it derives from
+  /// delta what stands for it. The others need delta alone.
+  ConstTensorView o = {};
 };
 
 enum class Direction : std::uint8_t { forward, backward };

@@ -104,6 +104,7 @@ OperationGradients AttentionOperation::backward(const AttentionInputs& inputs,
   local.grad_o = grad_o.view;
   local.log_sum_exp = log_sum_exp.view;
   local.delta = std::as_const(delta).view();
+  if (o.view.dtype == problem.q.dtype) local.o = o.view;
   local.grad_q = grad_q.view();
   local.grad_k = grad_k.view();
   local.grad_v = grad_v.view();

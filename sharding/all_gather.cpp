@@ -43,6 +43,7 @@ BackwardCall call_of_head(const BackwardCall& local, const AttentionPlan& plan,
   call.grad_o = local.grad_o.slice(2, q_heads);
   call.log_sum_exp = local.log_sum_exp.slice(1, q_heads);
   call.delta = local.delta.slice(1, q_heads);
+  if (local.o) call.o = local.o.slice(2, q_heads);
   if (local.grad_q) call.grad_q = local.grad_q.slice(2, q_heads);
   call.grad_k = local.grad_k.slice(2, {kv_head, kv_head + 1});
   call.grad_v = local.grad_v.slice(2, {kv_head, kv_head + 1});

@@ -199,6 +199,7 @@ void BackwardPass::add(const StagePart& part, const ConstTensorView& k, const Co
   call.grad_o = local_.grad_o.slice(0, part.batch);
   call.log_sum_exp = local_.log_sum_exp.slice(0, part.batch);
   call.delta = local_.delta.slice(0, part.batch);
+  if (local_.o) call.o = local_.o.slice(0, part.batch);
   if (local_.grad_q) call.grad_q = local_.grad_q.slice(0, part.batch);
   call.grad_k = grad_k;
   call.grad_v = grad_v;

@@ -41,11 +41,11 @@ __global__ void convert(DeviceView from, DeviceView to, std::int64_t count) {
   }
 }
 
-__global__ void add_floats(DeviceView from, DeviceView into, std::int64_t count) {
+__global__ void add_to_floats(DeviceView from, DeviceView into, std::int64_t count) {
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kThreads;
   for (std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x; i < count; i += step) {
     const Offsets at = offsets_of(i, from, into);
-    static_cast<float*>(into.data)[at.to] += static_cast<const float*>(from.data)[at.from];
+    static_cast<float*>(into.data)[at.to] += load_float(from, at.from);
   }
 }
 
@@ -54,7 +54,7 @@ __global__ void add_floats(DeviceView from, DeviceView into, std::int64_t count)
 void accumulate(ConstTensorView from, TensorView into, Stream stream) {
   const std::int64_t count = from.shape.elements();
   if (count == 0) return;
-  add_floats<<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
+  add_to_floats<<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
       DeviceView::of(from), DeviceView::of(into), count);
   ANNULUS_CHECK_CUDA(cudaGetLastError());
 }

@@ -146,7 +146,10 @@ TEST(Cudnn, RefusesByNameWhatItCannotDo) {
   const std::vector<Slice> shifted{{{0, 64}, {0, 64}, {-kUnbounded, 5}}};
   problem.mask = {shifted, {}};
   EXPECT_NE(cudnn.unsupported(problem, Direction::forward), "");
-  EXPECT_EQ(cudnn.unsupported(problem, Direction::backward), "forward only");
+  EXPECT_EQ(cudnn.unsupported(problem, Direction::backward), "");  // slice by slice
+  EXPECT_EQ(cudnn.unsupported(capped, Direction::backward), "no soft cap");
+  problem.bias = {data, DType::bf16, Shape{1, 1, 64, 64}, Device::cuda};
+  EXPECT_EQ(cudnn.unsupported(problem, Direction::backward), "no gradient of a bias");
 }
 
 }  // namespace
