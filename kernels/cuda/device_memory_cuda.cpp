@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "kernels/buffer.hpp"
 #include "kernels/cuda/check.hpp"
 #include "kernels/cuda/strided_copy.hpp"
@@ -73,7 +75,15 @@ int device_count() {
   return 0;
 }
 
-void use_device(int device) { ANNULUS_CHECK_CUDA(cudaSetDevice(device)); }
+void use_device(int device) {
+  ANNULUS_CHECK_CUDA(cudaSetDevice(device));
+  // What is freed stays with the process: to map memory again takes longer than many a kernel, and
+  // by default every synchronization unmaps it.
+  cudaMemPool_t pool = nullptr;
+  std::uint64_t kept_bytes = std::numeric_limits<std::uint64_t>::max();
+  ANNULUS_CHECK_CUDA(cudaDeviceGetDefaultMemPool(&pool, device));
+  ANNULUS_CHECK_CUDA(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept_bytes));
+}
 
 void* allocate(std::int64_t bytes, Stream stream) {
   void* data = nullptr;
