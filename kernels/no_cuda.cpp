@@ -37,6 +37,16 @@ void sink_gradient(ConstTensorView /*sinks*/, ConstTensorView /*log_sum_exp*/,
                    ConstTensorView /*delta*/, TensorView /*grad_sinks*/, Stream /*stream*/) {
   absent();
 }
+bool takes_segments(const AttentionProblem& /*problem*/, std::string_view /*backend*/) {
+  return false;
+}
+void forward_segments(const ForwardCall& /*call*/, std::span<const KvSegment> /*segments*/) {
+  absent();
+}
+ReadyWords next_ready_words() { absent(); }
+Stream side_stream() { absent(); }
+void order(Stream /*earlier*/, Stream /*later*/) { absent(); }
+void write_word(std::uint32_t* /*word*/, std::uint32_t /*value*/, Stream /*stream*/) { absent(); }
 std::span<const AttentionBackend> backends() { return {}; }
 std::span<const DecodeBackend> decode_backends() { return {}; }
 void append_to_cache(const CacheAppend& /*call*/) { absent(); }

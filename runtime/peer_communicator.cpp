@@ -1,5 +1,7 @@
 #include "runtime/peer_communicator.hpp"
 
+#include <algorithm>
+#include <array>
 #include <exception>
 #include <map>
 #include <utility>
@@ -37,11 +39,6 @@ std::map<int, std::vector<Message>> by_peer(const std::vector<Message>& messages
   std::map<int, std::vector<Message>> groups;
   for (const Message& message : messages) groups[message.peer].push_back(message);
   return groups;
-}
-
-void copy_bytes(void* to, const void* from, std::int64_t bytes, cudaStream_t stream) {
-  ANNULUS_CHECK_CUDA(
-      cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, stream));
 }
 
 /// The address of a filled slot on its way to the receiver.
@@ -114,7 +111,8 @@ class PeerExchange final : public Exchange {
     ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(pull_stream_, slot.full()));
     const std::byte* data = slot.data();
     for (const Receive& receive : from.receives) {
-      copy_bytes(receive.data, data, receive.bytes, pull_stream_);
+      cuda::copy_by_engine(receive.data, data, static_cast<std::size_t>(receive.bytes),
+                           pull_stream_);
       data += aligned(receive.bytes);
     }
     inbox_.give_back(from.peer, from.address, pull_stream_);
@@ -135,10 +133,26 @@ class PeerExchange final : public Exchange {
   bool recorded_ = false;
 };
 
+/// Copies within a device may need multiprocessors, those between devices never do.
+Communicator::Carrier carrier_of(Communicator& host, bool has_far) {
+  using Identity = std::array<char, sizeof(cudaUUID_t)>;
+  int device = 0;
+  cudaDeviceProp properties{};
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  ANNULUS_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+  Identity mine{};
+  std::copy_n(properties.uuid.bytes, mine.size(), mine.begin());
+  std::vector<Identity> all(static_cast<std::size_t>(host.size()));
+  host.all_gather(std::as_bytes(std::span(mine)), std::as_writable_bytes(std::span(all)));
+  std::sort(all.begin(), all.end());
+  const bool shared = std::adjacent_find(all.begin(), all.end()) != all.end();
+  return shared || has_far ? Communicator::Carrier::kernels : Communicator::Carrier::copy_engine;
+}
+
 class PeerCommunicator final : public Communicator {
  public:
   PeerCommunicator(std::unique_ptr<Communicator> host, std::unique_ptr<Communicator> far)
-      : Communicator(Device::cuda),
+      : Communicator(Device::cuda, carrier_of(*host, far != nullptr)),
         host_(std::move(host)),
         words_(host_->split(0, host_->rank())),
         far_(std::move(far)),
@@ -229,7 +243,7 @@ void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchan
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
   for (const Send& send : sends) {
-    copy_bytes(data, send.data, send.bytes, stream);
+    cuda::copy_by_engine(data, send.data, static_cast<std::size_t>(send.bytes), stream);
     data += aligned(send.bytes);
   }
   outbox_.lend(slot, stream);

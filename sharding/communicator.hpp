@@ -54,13 +54,20 @@ class Window {
 /// said otherwise, and throw Error(peer) when a peer or the transport fails.
 class Communicator {
  public:
+  /// Who moves the bytes: kernels that need room on the device, or somebody else.
+  enum class Carrier : std::uint8_t { kernels, copy_engine };
+
   /// `device`: where the memory that exchange() moves lives; the collectives take host memory.
-  explicit Communicator(Device device = Device::cpu) : device_(device) {}
+  explicit Communicator(Device device = Device::cpu, Carrier carrier = Carrier::kernels)
+      : device_(device), carrier_(carrier) {}
   virtual ~Communicator() = default;
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
   Device device() const { return device_; }
+  /// A kernel may wait for bytes that only the copy engine moves; one that fills the device and
+  /// waits for bytes that other kernels move waits for ever.
+  Carrier carrier() const { return carrier_; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
   /// Ranks of one colour form a new group, ordered by `key`.
@@ -89,6 +96,7 @@ class Communicator {
 
  private:
   Device device_;
+  Carrier carrier_;
   std::int64_t bytes_sent_ = 0;
 };
 

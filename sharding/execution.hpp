@@ -23,6 +23,9 @@ struct ExecuteOptions {
   std::string_view backend;  // as in attention_forward
   /// Ranks of a node read each other's KV where it lies instead of receiving it.
   bool in_place = true;
+  /// On devices whose copy engines move the rows, a ring's forward pass is one launch over all
+  /// stages instead of one a stage, with room for all stages' rows.
+  bool one_launch = true;
   ExecutionReport* report = nullptr;  // added to when present
   StageRecorder* recorder = nullptr;  // told when what was done, when present
 };

@@ -45,14 +45,15 @@ RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows) {
 
 KvFeed::KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
                const ConstTensorView& v, const ExecuteOptions& options, Stream stream,
-               Reading reading)
+               Reading reading, int buffers)
     : ranks_(ranks),
       plan_(plan),
       k_(k),
       v_(v),
       stream_(stream),
       recorder_(options.recorder),
-      batch_(k.shape[0]) {
+      batch_(k.shape[0]),
+      slots_(static_cast<std::size_t>(buffers)) {
   require(ranks.size() == plan.groups() && ranks.rank() == plan.group(), ExitCode::internal,
           "{}: rank {} of {} runs the plan of rank {} of {}", name(plan.scheme()), ranks.rank(),
           ranks.size(), plan.group(), plan.groups());
@@ -220,10 +221,10 @@ void KvFeed::start(const Stage& stage) {
   }
 }
 
-void KvFeed::wait(const Stage& stage) {
+void KvFeed::wait(const Stage& stage, Stream stream) {
   Slot& slot = slot_of(stage);
   if (slot.exchange != nullptr) {
-    slot.exchange->wait(stream_);
+    slot.exchange->wait(stream);
     if (recorder_ != nullptr) {
       recorder_->add({StageRecord::Kind::transfer, stage.number, -1, received_bytes(stage),
                       slot.begin_ns, record_clock_ns()});
@@ -287,7 +288,8 @@ std::int64_t KvFeed::read_bytes() const {
 }
 
 std::int64_t KvFeed::buffer_bytes() const {
-  std::int64_t bytes = packed_.bytes() + slots_[0].memory.bytes() + slots_[1].memory.bytes();
+  std::int64_t bytes = packed_.bytes();
+  for (const Slot& slot : slots_) bytes += slot.memory.bytes();
   // Pages of a window that nobody reads are never touched.
   bytes += batch_ * shared_rows_ * k_.shape[2] * (k_.shape[3] + v_.shape[3]) * size_bytes(k_.dtype);
   return bytes;

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -30,7 +29,7 @@ RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows);
 
 /// Brings each stage's KV rows to this rank and gives its own to others.
 ///
-/// Received rows lie in two buffers that take turns. Peers whose memory can be read are not sent
+/// Received rows lie in buffers that take turns. Peers whose memory can be read are not sent
 /// messages: their rows are read where they lie, or copied into the buffer when the caller wants
 /// them in one piece.
 class KvFeed {
@@ -40,15 +39,16 @@ class KvFeed {
     joined,  // all at once where that is possible
   };
 
-  /// Collective when `in_place` is asked for.
+  /// `buffers`: stages whose rows are held at a time. Collective when `in_place` is asked for.
   KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensorView& k,
          const ConstTensorView& v, const ExecuteOptions& options, Stream stream,
-         Reading reading = Reading::stages);
+         Reading reading = Reading::stages, int buffers = 2);
 
   /// Starts to move the rows of a stage; its buffer must not be in use.
   void start(const Stage& stage);
-  /// Returns when they are there.
-  void wait(const Stage& stage);
+  /// Returns when they are there; on a device makes the stream wait for them.
+  void wait(const Stage& stage) { wait(stage, stream_); }
+  void wait(const Stage& stage, Stream stream);
   /// Moves transfers on; cheap.
   void progress();
 
@@ -90,9 +90,11 @@ class KvFeed {
   /// The first of the ranks' windows, and where a rank's rows begin in it.
   const std::byte* first_window() const;
   std::int64_t joined_row(int peer) const;
-  Slot& slot_of(const Stage& stage) { return slots_[static_cast<std::size_t>(stage.number % 2)]; }
+  Slot& slot_of(const Stage& stage) {
+    return slots_[static_cast<std::size_t>(stage.number) % slots_.size()];
+  }
   const Slot& slot_of(const Stage& stage) const {
-    return slots_[static_cast<std::size_t>(stage.number % 2)];
+    return slots_[static_cast<std::size_t>(stage.number) % slots_.size()];
   }
   std::int64_t bytes_of(const Stage& stage, bool in_place) const;
   void prepare_buffer(const Stage& stage);
@@ -110,7 +112,7 @@ class KvFeed {
   std::unique_ptr<Window> window_;
   std::int64_t shared_rows_ = 0;  // of the window, of each batch row
   std::optional<StagePart> joined_;
-  std::array<Slot, 2> slots_;
+  std::vector<Slot> slots_;
 };
 
 }  // namespace annulus

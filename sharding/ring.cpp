@@ -5,6 +5,7 @@
 #include "sharding/execution_accounting.hpp"
 #include "sharding/gradient_return.hpp"
 #include "sharding/kv_feed.hpp"
+#include "sharding/segment_forward.hpp"
 #include "sharding/stage_compute.hpp"
 
 namespace annulus {
@@ -47,6 +48,7 @@ int peer_of(const Stage& stage) {
 
 void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
                   const ExecuteOptions& options) {
+  if (forward_in_one_launch(ranks, plan, local, options)) return;
   ExecutionAccounting accounting(ranks, options);
   const Schedule schedule(plan);
   const AttentionProblem& problem = local.problem;

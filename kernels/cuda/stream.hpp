@@ -42,6 +42,17 @@ inline void order(cudaStream_t earlier, cudaStream_t later) {
   ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(later, event.get()));
 }
 
+/// A copy between allocations of devices, by the copy engine also within one device: a plain copy
+/// there takes multiprocessors, which a kernel that waits for the bytes may hold. `stream` is not
+/// the default one.
+inline void copy_by_engine(void* to, const void* from, std::size_t bytes, cudaStream_t stream) {
+  cudaMemcpyAttributes attributes{};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+  std::size_t first = 0;
+  ANNULUS_CHECK_CUDA(cudaMemcpyBatchAsync(&to, &from, &bytes, 1, &attributes, &first, 1, stream));
+}
+
 /// Whether the work before `event` is done.
 inline bool is_done(cudaEvent_t event) {
   const cudaError_t state = cudaEventQuery(event);
