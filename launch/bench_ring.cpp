@@ -21,6 +21,7 @@
 #include "launch/process_memory.hpp"
 #include "launch/report.hpp"
 #include "runtime/context.hpp"
+#include "runtime/default_backend.hpp"
 #include "runtime/rates_file.hpp"
 #include "runtime/tensor.hpp"
 #include "runtime/trace.hpp"
@@ -28,6 +29,7 @@
 #include "sharding/hybrid.hpp"
 #include "sharding/memory_model.hpp"
 #include "sharding/simulate.hpp"
+#include "sharding/solo_communicator.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -40,6 +42,9 @@ struct RingOptions {
   bool memory = false;
   std::string trace;
   int node_ranks = 0;
+  std::string backend;  // empty: cuda where it can
+  std::string transport = "auto";
+  bool one_launch = true;
 };
 
 std::optional<RingOptions> parse_ring_options(Arguments arguments) {
@@ -62,6 +67,11 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_option("--layout", options.plan.layout, "contiguous, zigzag or balanced")
       ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
   app.add_flag("!--messages", options.in_place, "send rows instead of reading them in place");
+  app.add_option("--backend", options.backend, "cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--transport", options.transport, "between devices: auto, mpi, nccl or peer")
+      ->check(CLI::IsMember({"auto", "mpi", "nccl", "peer"}));
+  app.add_flag("!--stages", options.one_launch, "on devices, a launch a stage instead of one");
   app.add_flag("--reproducible", options.plan.reproducible, "the same bits for any ranks");
   app.add_option("--repeats", options.repeats, "the fastest counts")->check(CLI::PositiveNumber);
   app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")
@@ -80,7 +90,7 @@ double largest(Communicator& ranks, double mine) {
   return *std::max_element(all.begin(), all.end());
 }
 
-// Seconds of the slowest rank, the fastest of some runs.
+// Seconds of the slowest rank, the fastest of some runs. A step on a device waits for the device.
 double timed(Communicator& ranks, int repeats, const std::function<void()>& step) {
   double best = 1e30;
   for (int i = 0; i < repeats; ++i) {
@@ -93,37 +103,46 @@ double timed(Communicator& ranks, int repeats, const std::function<void()>& step
   return best;
 }
 
-Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t seed) {
-  Tensor values(DType::f32, shape);
+// A block of values again and again: drawing all would take longer than the measurement.
+Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t seed, Device device) {
+  const std::int64_t count = std::min<std::int64_t>(shape.elements(), std::int64_t{1} << 20);
+  Tensor block(DType::f32, {count});
   std::mt19937_64 random(seed);
-  auto* data = static_cast<float*>(values.view().data);
-  for (std::int64_t i = 0; i < shape.elements(); ++i) {
+  auto* data = static_cast<float*>(block.view().data);
+  for (std::int64_t i = 0; i < count; ++i) {
     data[i] = static_cast<float>(static_cast<double>(random() >> 11) * 0x1p-52 - 1.0);
   }
-  return dtype == DType::f32 ? std::move(values) : Tensor::copy_of(values.view(), dtype);
+  Tensor values(dtype, shape, device);
+  const TensorView flat(values.view().data, dtype, {shape.elements()}, device);
+  for (std::int64_t begin = 0; begin < shape.elements(); begin += count) {
+    const Span span{begin, std::min(begin + count, shape.elements())};
+    copy(std::as_const(block).view().slice(0, {0, span.size()}), flat.slice(0, span));
+  }
+  return values;
 }
 
 // A rank's shards of one attention, forward and backward.
 class RankAttention {
  public:
-  RankAttention(const PlanRequest& request, const AttentionSizes& sizes, DType dtype, int rank)
+  RankAttention(const PlanRequest& request, const AttentionSizes& sizes, DType dtype, int rank,
+                Device device)
       : q_rows_{request.batch, request.q_layout.rows(rank), request.q_heads, sizes.head_dim},
         kv_rows_{request.batch, request.kv_layout.rows(rank), request.kv_heads, sizes.head_dim},
         statistics_{request.batch, request.q_heads, request.q_layout.rows(rank)} {
     const auto seed = static_cast<std::uint64_t>(rank) * 8;
-    q_ = random_tensor(dtype, q_rows_, seed);
-    k_ = random_tensor(dtype, kv_rows_, seed + 1);
-    v_ = random_tensor(dtype, kv_rows_, seed + 2);
-    grad_o_ = random_tensor(dtype, q_rows_, seed + 3);
-    o_ = Tensor(dtype, q_rows_);
-    lse_ = Tensor(DType::f32, statistics_);
-    delta_ = Tensor(DType::f32, statistics_);
-    grad_q_ = Tensor(DType::f32, q_rows_);
-    grad_k_ = Tensor(DType::f32, kv_rows_);
-    grad_v_ = Tensor(DType::f32, kv_rows_);
-    fill_bytes(o_.view().data, Device::cpu, 0, o_.shape().elements() * size_bytes(dtype));
+    q_ = random_tensor(dtype, q_rows_, seed, device);
+    k_ = random_tensor(dtype, kv_rows_, seed + 1, device);
+    v_ = random_tensor(dtype, kv_rows_, seed + 2, device);
+    grad_o_ = random_tensor(dtype, q_rows_, seed + 3, device);
+    o_ = Tensor(dtype, q_rows_, device);
+    lse_ = Tensor(DType::f32, statistics_, device);
+    delta_ = Tensor(DType::f32, statistics_, device);
+    grad_q_ = Tensor(DType::f32, q_rows_, device);
+    grad_k_ = Tensor(DType::f32, kv_rows_, device);
+    grad_v_ = Tensor(DType::f32, kv_rows_, device);
+    fill_bytes(o_.view().data, device, 0, o_.shape().elements() * size_bytes(dtype));
     for (Tensor* gradient : {&grad_q_, &grad_k_, &grad_v_}) {
-      fill_bytes(gradient->view().data, Device::cpu, 0, gradient->shape().elements() * 4);
+      fill_bytes(gradient->view().data, device, 0, gradient->shape().elements() * 4);
     }
   }
 
@@ -144,6 +163,7 @@ class RankAttention {
     call.grad_o = grad_o_.view();
     call.log_sum_exp = lse_.view();
     call.delta = delta_.view();
+    call.o = o_.view();
     call.grad_q = grad_q_.view();
     call.grad_k = grad_k_.view();
     call.grad_v = grad_v_.view();
@@ -159,37 +179,51 @@ class RankAttention {
   Tensor q_, k_, v_, grad_o_, o_, lse_, delta_, grad_q_, grad_k_, grad_v_;
 };
 
-double copy_bandwidth(Communicator& ranks) {
+// Where the work is, and the ranks that move what it reads.
+struct Place {
+  Device device;
+  Communicator& ranks;
+
+  void finish() const { synchronize(device, {}); }
+};
+
+Tensor ones(std::int64_t bytes, Device device) {
+  Tensor tensor(DType::u8, {bytes}, device);
+  fill_bytes(tensor.view().data, device, 1, bytes);
+  return tensor;
+}
+
+double copy_bandwidth(Communicator& world, const Place& place) {
   constexpr std::int64_t kBytes = 64 << 20;
-  Tensor from(DType::u8, {kBytes});
-  Tensor to(DType::u8, {kBytes});
-  fill_bytes(from.view().data, Device::cpu, 1, kBytes);
-  fill_bytes(to.view().data, Device::cpu, 1, kBytes);
-  const double seconds = timed(ranks, 3, [&] { copy(from.view(), to.view()); });
+  Tensor from = ones(kBytes, place.device);
+  Tensor to = ones(kBytes, place.device);
+  const double seconds = timed(world, 3, [&] {
+    copy(from.view(), to.view());
+    place.finish();
+  });
   return static_cast<double>(kBytes) / seconds;
 }
 
 // Every rank receives from the one before it, at the same time.
-double exchange_bandwidth(Communicator& ranks) {
-  if (ranks.size() == 1) return 1e10;
+double exchange_bandwidth(Communicator& world, const Place& place) {
+  if (world.size() == 1) return 1e10;
   constexpr std::int64_t kBytes = 16 << 20;
-  Tensor from(DType::u8, {kBytes});
-  Tensor to(DType::u8, {kBytes});
-  fill_bytes(from.view().data, Device::cpu, 1, kBytes);
-  fill_bytes(to.view().data, Device::cpu, 1, kBytes);
-  const int next = (ranks.rank() + 1) % ranks.size();
-  const int before = (ranks.rank() + ranks.size() - 1) % ranks.size();
-  const double seconds = timed(ranks, 3, [&] {
+  Tensor from = ones(kBytes, place.device);
+  Tensor to = ones(kBytes, place.device);
+  const int next = (world.rank() + 1) % world.size();
+  const int before = (world.rank() + world.size() - 1) % world.size();
+  const double seconds = timed(world, 3, [&] {
     const Send send{next, from.view().data, kBytes};
     const Receive receive{before, to.view().data, kBytes};
-    ranks.exchange({&send, 1}, {&receive, 1})->wait();
+    place.ranks.exchange({&send, 1}, {&receive, 1})->wait();
+    place.finish();
   });
   return static_cast<double>(kBytes) / seconds;
 }
 
 // The ranks' kernels at the same time, each over its own rows: what a perfect ring would keep up.
-Rates measure_rates(Context& context, const PlannedAttention& planned, RankAttention& tensors,
-                    const RingOptions& options) {
+Rates measure_rates(Context& context, const Place& place, const PlannedAttention& planned,
+                    RankAttention& tensors, const RingOptions& options) {
   Communicator& world = context.world();
   const SequenceLayout& layout = planned.request->q_layout;
   const std::int64_t rows = std::min(layout.rows(context.rank()), layout.rows(0));
@@ -199,19 +233,24 @@ Rates measure_rates(Context& context, const PlannedAttention& planned, RankAtten
   Rates rates;
   ForwardCall forward = tensors.forward();
   forward.problem.mask = {slices, {}};
-  const double forward_seconds = timed(world, options.repeats, [&] { attention_forward(forward); });
+  const double forward_seconds = timed(world, options.repeats, [&] {
+    attention_forward(forward);
+    place.finish();
+  });
   rates.forward_flops = forward_flops(area, planned.sizes) / forward_seconds;
   tensors.compute_delta();
   BackwardCall backward = tensors.backward();
   backward.problem.mask = {slices, {}};
-  const double backward_seconds =
-      timed(world, options.repeats, [&] { attention_backward(backward); });
+  const double backward_seconds = timed(world, options.repeats, [&] {
+    attention_backward(backward);
+    place.finish();
+  });
   rates.backward_flops = backward_flops(area, planned.sizes) / backward_seconds;
-  rates.copy_bandwidth = copy_bandwidth(world);
-  rates.node_bandwidth = rates.network_bandwidth = exchange_bandwidth(world);
+  rates.copy_bandwidth = copy_bandwidth(world, place);
+  rates.node_bandwidth = rates.network_bandwidth = exchange_bandwidth(world, place);
   rates.node_ranks = context.ranks_on_node();
-  rates.hides_node_transfers = false;
-  rates.reads_in_place = options.in_place;
+  rates.hides_node_transfers = place.device == Device::cuda;
+  rates.reads_in_place = options.in_place && place.device == Device::cpu;
   return rates;
 }
 
@@ -242,15 +281,48 @@ void print_memory(Communicator& world, std::string_view direction, std::int64_t 
                          .dump());
 }
 
+// The whole attention on the first rank while the others wait: what sharing a device costs.
+class OneRank {
+ public:
+  OneRank(const Context& context, const RingOptions& options, const Place& place)
+      : place_(place), ranks_(place.device) {
+    if (place.device == Device::cpu || context.size() == 1 || context.rank() != 0) return;
+    PlanOptions whole = options.plan;
+    whole.mesh = "sp=1";
+    const PlannedAttention planned = plan_attention(whole);
+    plan_.emplace(planned.request, 0);
+    tensors_.emplace(*planned.request, planned.sizes, *parse_dtype(whole.dtype), 0, place.device);
+  }
+  bool runs() const { return plan_.has_value(); }
+  void forward() {
+    if (runs()) execute_forward(ranks_, *plan_, tensors_->forward());
+    place_.finish();
+  }
+  void compute_delta() {
+    if (runs()) tensors_->compute_delta();
+  }
+  void backward() {
+    if (runs()) execute_backward(ranks_, *plan_, tensors_->backward());
+    place_.finish();
+  }
+
+ private:
+  const Place& place_;
+  SoloCommunicator ranks_;
+  std::optional<AttentionPlan> plan_;
+  std::optional<RankAttention> tensors_;
+};
+
 struct Measured {
   double seconds = 0.0;
   double exposed_seconds = 0.0;  // of the rank that waits most
   double buffer_bytes = 0.0;     // of the rank that holds most
   double bytes_sent = 0.0;
+  double alone_seconds = 1e30;  // of one rank, in turn with the ranks together
 };
 
-Measured measure(Communicator& world, int repeats,
-                 const std::function<void(ExecutionReport&)>& run) {
+Measured measure(Communicator& world, int repeats, const std::function<void(ExecutionReport&)>& run,
+                 const std::function<void()>& run_alone) {
   Measured best;
   best.seconds = 1e30;
   for (int i = 0; i < repeats; ++i) {
@@ -259,7 +331,8 @@ Measured measure(Communicator& world, int repeats,
     const double exposed = largest(world, report.exposed_seconds);
     const double buffer = largest(world, static_cast<double>(report.buffer_bytes));
     const double sent = largest(world, static_cast<double>(report.bytes_sent));
-    if (seconds < best.seconds) best = {seconds, exposed, buffer, sent};
+    if (seconds < best.seconds) best = {seconds, exposed, buffer, sent, best.alone_seconds};
+    best.alone_seconds = std::min(best.alone_seconds, timed(world, 1, run_alone));
   }
   return best;
 }
@@ -282,6 +355,33 @@ BenchRow row_of(const PlannedAttention& planned, const RingOptions& options,
   row.unit = "GFLOP/s";
   row.ceiling = ceiling * 1e-9;
   return row;
+}
+
+// The same work on one rank.
+BenchRow alone_row(const BenchRow& together, double seconds) {
+  BenchRow row = together;
+  row.ranks = 1;
+  row.rate *= together.seconds / seconds;
+  row.seconds = seconds;
+  return row;
+}
+
+// Devices where nobody says otherwise and their kernels serve the attention.
+Place place_of(Context& context, const RingOptions& options, const AttentionSizes& sizes,
+               DType dtype) {
+  BackendNeeds needs;
+  needs.dtype = dtype;
+  needs.backward = true;
+  needs.shape.head_dim = sizes.head_dim;
+  needs.shape.value_dim = sizes.value_dim;
+  needs.reproducible = options.plan.reproducible;
+  const std::string backend =
+      options.backend.empty() ? default_backend(context, needs) : options.backend;
+  if (backend == "cpu") return {Device::cpu, context.world()};
+  require(context.device() == Device::cuda, ExitCode::usage,
+          "bench ring: --backend cuda needs a CUDA device on every rank");
+  const Mesh mesh = Mesh::parse(options.plan.mesh, context.size());
+  return {Device::cuda, context.along(mesh, {"sp"}, *parse_transport(options.transport))};
 }
 
 void print_beside_plan(std::string_view direction, const Measured& measured,
@@ -333,11 +433,13 @@ void bench_ring(Arguments arguments) {
     planned.request = std::move(request);
   }
   const DType dtype = *parse_dtype(options->plan.dtype);
-  RankAttention tensors(*planned.request, planned.sizes, dtype, context.rank());
-  const Rates rates = measure_rates(context, planned, tensors, *options);
+  const Place place = place_of(context, *options, planned.sizes, dtype);
+  RankAttention tensors(*planned.request, planned.sizes, dtype, context.rank(), place.device);
+  OneRank alone(context, *options, place);
+  const Rates rates = measure_rates(context, place, planned, tensors, *options);
   const AttentionPlan plan(planned.request, context.rank());
 
-  PlanRunner run(world, plan);
+  PlanRunner run(place.ranks, plan);
   ExecuteOptions execute;
   execute.in_place = options->in_place;
   if (options->memory) {
@@ -352,23 +454,32 @@ void bench_ring(Arguments arguments) {
                  [&] { run.backward(tensors.backward(), execute); });
     return;
   }
-  const Measured forward = measure(world, options->repeats, [&](ExecutionReport& report) {
+  execute.one_launch = options->one_launch;
+  const auto forward_step = [&](ExecutionReport& report) {
     execute.report = &report;
     run.forward(tensors.forward(), execute);
-  });
+    place.finish();
+  };
+  const Measured forward = measure(world, options->repeats, forward_step, [&] { alone.forward(); });
   tensors.compute_delta();
-  const Measured backward = measure(world, options->repeats, [&](ExecutionReport& report) {
+  alone.compute_delta();
+  const auto backward_step = [&](ExecutionReport& report) {
     execute.report = &report;
     run.backward(tensors.backward(), execute);
-  });
+    place.finish();
+  };
+  const Measured backward =
+      measure(world, options->repeats, backward_step, [&] { alone.backward(); });
   if (!options->trace.empty()) {
     start_trace();
     execute.report = nullptr;
     execute.recorder = trace_recorder();
     world.barrier();
     run.forward(tensors.forward(), execute);
+    place.finish();
     world.barrier();
     run.backward(tensors.backward(), execute);
+    place.finish();
     write_trace(world, options->trace);
   }
   const double forward_buffer = largest(
@@ -381,11 +492,15 @@ void bench_ring(Arguments arguments) {
   const Simulation backward_plan = simulate(planned.request, planned.sizes, rates, Pass::backward);
   if (!options->rates_out.empty()) write_rates(options->rates_out, rates);
   const double ranks = context.size();
-  print_rows(std::vector<BenchRow>{row_of(planned, *options, "forward", forward.seconds,
-                                          forward_plan.flops, rates.forward_flops * ranks),
-                                   row_of(planned, *options, "backward", backward.seconds,
-                                          backward_plan.flops, rates.backward_flops * ranks)},
-             options->plan.json);
+  std::vector<BenchRow> rows{row_of(planned, *options, "forward", forward.seconds,
+                                    forward_plan.flops, rates.forward_flops * ranks),
+                             row_of(planned, *options, "backward", backward.seconds,
+                                    backward_plan.flops, rates.backward_flops * ranks)};
+  if (alone.runs()) {
+    rows.push_back(alone_row(rows[0], forward.alone_seconds));
+    rows.push_back(alone_row(rows[1], backward.alone_seconds));
+  }
+  print_rows(rows, options->plan.json);
   if (options->plan.json) return;
   print_beside_plan("forward", forward, forward_plan, static_cast<std::int64_t>(forward_buffer));
   print_beside_plan("backward", backward, backward_plan,

@@ -24,9 +24,10 @@ std::string format_bytes(std::int64_t bytes) {
 
 std::string report_line(const Report& report) {
   return fmt::format(
-      "{} over {}: {}, {:.3g} TFLOP/s, compute {}, exposed communication {}, sent {}, read in "
+      "{} over {} on {}: {}, {:.3g} TFLOP/s, compute {}, exposed communication {}, sent {}, read "
+      "in "
       "place {}, imbalance {:.2f}",
-      report.operation, report.mesh, format_seconds(report.seconds), report.tflops,
+      report.operation, report.mesh, report.backend, format_seconds(report.seconds), report.tflops,
       format_seconds(report.compute_seconds), format_seconds(report.exposed_communication_seconds),
       format_bytes(report.bytes_sent), format_bytes(report.bytes_in_place), report.imbalance);
 }
@@ -34,6 +35,7 @@ std::string report_line(const Report& report) {
 nlohmann::json to_json(const Report& report) {
   return {{"operation", report.operation},
           {"mesh", report.mesh},
+          {"backend", report.backend},
           {"ranks", report.ranks},
           {"seconds", report.seconds},
           {"compute_seconds", report.compute_seconds},
@@ -48,6 +50,7 @@ Report report_from_text(const std::string& text) {
   try {
     const nlohmann::json json = nlohmann::json::parse(text);
     return {json.at("operation"),       json.at("mesh"),
+            json.value("backend", ""),  // older outputs do not say it
             json.at("ranks"),           json.at("seconds"),
             json.at("compute_seconds"), json.at("exposed_communication_seconds"),
             json.at("bytes_sent"),      json.value("bytes_in_place", std::int64_t{0}),

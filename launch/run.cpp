@@ -25,6 +25,7 @@
 #include "runtime/checkpoint.hpp"
 #include "runtime/checkpoint_output.hpp"
 #include "runtime/context.hpp"
+#include "runtime/default_backend.hpp"
 #include "runtime/operation_log.hpp"
 #include "runtime/operation_registry.hpp"
 #include "runtime/statement.hpp"
@@ -52,12 +53,25 @@ DType runtime_dtype(const RunOptions& options, const Checkpoint& checkpoint) {
   return options.dtype.value_or(stored == DType::f64 ? DType::f32 : stored);
 }
 
+BackendNeeds needs_of(const RunOptions& options, DType dtype, const AttentionShape& shape) {
+  return {.dtype = dtype,
+          .shape = shape,
+          .scale = options.scale.value_or(1.0F),
+          .soft_cap = options.soft_cap,
+          .dropout = options.dropout,
+          .backward = options.backward,
+          .weights = options.weights,
+          .reproducible = options.reproducible};
+}
+
 std::unique_ptr<OperationImpl> make_operation(Context& context, const RunOptions& options,
-                                              DType dtype) {
+                                              DType dtype, const AttentionShape& shape) {
   OperationConfig config;
   config.mesh = mesh_of(options, context.size());
   config.runtime_dtype = dtype;
-  if (!options.backend.empty()) config.backend = options.backend;
+  config.backend = options.backend.empty()
+                       ? default_backend(context, needs_of(options, dtype, shape))
+                       : options.backend;
   config.transport = parse_transport(options.transport);
   config.softmax_scale = options.scale;
   config.dropout_prob = options.dropout;
@@ -177,10 +191,10 @@ Report run(Context& context, const RunOptions& options) {
   }
   operation_log().enter_phase("reading");
   const Checkpoint checkpoint(context.world(), options.input);
-  const std::unique_ptr<OperationImpl> operation =
-      make_operation(context, options, runtime_dtype(options, checkpoint));
-  const bool causal = options.causal.value_or(operation->causal_by_default());
   const AttentionShape shape = attention_shape(checkpoint);
+  const std::unique_ptr<OperationImpl> operation =
+      make_operation(context, options, runtime_dtype(options, checkpoint), shape);
+  const bool causal = options.causal.value_or(operation->causal_by_default());
   const AttentionOptions attention = attention_options(context, options, checkpoint, causal);
   const AttentionLayouts layouts = operation->layouts(shape, attention);
   const RunInput input =
@@ -206,6 +220,7 @@ Report run(Context& context, const RunOptions& options) {
   Provenance provenance{
       causal, "",
       make_report(context, options, mesh, shape, sum_of(output.report, gradients.report), seconds)};
+  provenance.report.backend = native_is_forced() ? "cpu" : operation->metadata().backend;
   if (!options.output.empty()) {
     operation_log().enter_phase("writing");
     provenance.input_digest = input_digest(context.world(), options.input.path);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -76,6 +77,8 @@ class AttentionCall {
   /// Whether the whole sequence group has nothing to do: no batch rows, no heads.
   bool idle() const;
   ExecuteOptions execute_options(ExecutionReport& execution) const;
+  void finish_on_device(ExecutionReport& execution,
+                        std::chrono::steady_clock::time_point begin) const;
   void account(const ExecutionReport& execution);
 
   const AttentionOperation& operation_;

@@ -69,8 +69,9 @@ OperationMetadata resolve_metadata(Context& context, const OperationConfig& give
   metadata.sequence_axis_name =
       first(given.sequence_axis_name, base.sequence_axis_name)
           .value_or(split.empty() ? defaults.sequence_axis_name : split.front());
-  metadata.backend =
-      first(given.backend, base.backend).value_or(std::string(name(context.device())));
+  // Devices have no kernels for f32.
+  const Device usual = metadata.runtime_dtype == DType::f32 ? Device::cpu : context.device();
+  metadata.backend = first(given.backend, base.backend).value_or(std::string(name(usual)));
   metadata.transport = first(given.transport, base.transport).value_or(defaults.transport);
   metadata.operation_configs =
       first(given.operation_configs, base.operation_configs).value_or(defaults.operation_configs);

@@ -66,9 +66,9 @@ struct OperationMetadata {
 };
 
 /// Each value from `given`, else from `base`, else the default: float32 for both dtypes, "sp", the
-/// backend of the mesh (cuda where each rank has a device, else cpu), a partition manager over the
-/// partition axis. Throws usage without a mesh, for one of other ranks than the context's, and for
-/// values that contradict each other.
+/// backend of the mesh (cuda where each rank has a device and the dtype has 16 bits, else cpu), a
+/// partition manager over the partition axis. Throws usage without a mesh, for one of other ranks
+/// than the context's, and for values that contradict each other.
 OperationMetadata resolve_metadata(Context& context, const OperationConfig& given,
                                    const OperationConfig& base = {});
 

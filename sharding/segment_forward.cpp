@@ -35,7 +35,8 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   const int numbers = stages.back().number + 1;
   ExecutionAccounting accounting(ranks, options);
   const kernels::cuda::ReadyWords ready = kernels::cuda::next_ready_words();
-  KvFeed feed(ranks, plan, problem.k, problem.v, options, local.stream, numbers);
+  KvFeed feed(ranks, plan, problem.k, problem.v, options, local.stream, KvFeed::Reading::stages,
+              numbers);
   const Stream side = kernels::cuda::side_stream();
   kernels::cuda::order(local.stream, side);
   {
