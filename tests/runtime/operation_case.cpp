@@ -264,6 +264,22 @@ void expect_forward(Context& context, const std::string& operation, const Mesh& 
   expect_close(whole.log_sum_exp, tensors.log_sum_exp, tolerance, what + ", log_sum_exp");
 }
 
+WholeResults run_both_passes(Context& context, const std::string& operation, const Mesh& mesh,
+                             const OperationCase& c, const OperationTensors& tensors,
+                             const OperationConfig& config) {
+  const auto op = make(context, operation, mesh, config);
+  const SpreadInputs inputs(context, *op, mesh, c, tensors, Placement::working);
+  const OperationOutput output = (*op)(inputs.inputs(), c.options);
+  const DistributedTensor grad_output =
+      spread(tensors.grad_output, output.attention_outputs.layout(), context.rank());
+  const OperationGradients g = op->backward(inputs.inputs(), c.options, output, grad_output);
+  const auto whole = [&](const DistributedTensor& tensor) {
+    return tensor ? annulus::gather(tensor, context.world(), 0) : Tensor();
+  };
+  return {whole(output.attention_outputs), whole(g.query), whole(g.key), whole(g.value),
+          whole(g.sinks)};
+}
+
 void expect_backward(Context& context, const std::string& operation, const Mesh& mesh,
                      const OperationCase& c, const OperationTensors& tensors, double tolerance,
                      Placement placement) {

@@ -56,6 +56,14 @@ void expect_forward(Context& context, const std::string& operation, const Mesh& 
                     Placement placement = Placement::working,
                     const OperationConfig& config = on_the_host());
 
+/// Output and gradients of such a run, whole, on rank 0; absent elsewhere. Runs both passes.
+struct WholeResults {
+  Tensor output, grad_query, grad_key, grad_value, grad_sinks;
+};
+WholeResults run_both_passes(Context& context, const std::string& operation, const Mesh& mesh,
+                             const OperationCase& c, const OperationTensors& tensors,
+                             const OperationConfig& config);
+
 /// The same with all gradients, within `tolerance` relative to the norm of each.
 void expect_backward(Context& context, const std::string& operation, const Mesh& mesh,
                      const OperationCase& c, const OperationTensors& tensors, double tolerance,

@@ -10,7 +10,7 @@ namespace {
 
 /// Device shards of ranks that talk over the host.
 TEST(RedistributeCuda, RandomLayoutsOverThreads) {
-  if (kernels::cuda::device_count() == 0) GTEST_SKIP() << "no device";
+  if (kernels::cuda::device_count() == 0) GTEST_SKIP() << "no GPU here";
   for (const int ranks : {1, 2, 3, 4, 6}) {
     testing::run_ranks(ranks, [](Communicator& all) {
       kernels::cuda::use_device(0);
