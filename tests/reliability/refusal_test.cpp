@@ -141,13 +141,12 @@ TEST(Promise15, AHugeClaimIsRefusedBeforeMemoryIsTaken) {
   figures.note(std::to_string(counts.peak_kib[0] / 1024) + " MiB resident");
   const int code = counts.outcome.exit_code;
   EXPECT_TRUE(code == 65 || code == 71) << code << "\n" << counts.outcome.err;
-  // Vendor libraries can take more by being loaded; then the claim may add next to nothing.
   JobOptions loading = job_alone({});
   loading.arguments = {"--version"};
   const long loaded = count_points(loading).peak_kib[0];
   figures.note(std::to_string(loaded / 1024) + " MiB of them by loading the program");
   constexpr long kBound = 100 * 1024;
-  EXPECT_LT(counts.peak_kib[0], loaded < kBound ? kBound : loaded + 16 * 1024);
+  EXPECT_LT(counts.peak_kib[0], kBound);
 }
 
 TEST(Promise21, RanksThatAreEachAloneAreRefused) {
