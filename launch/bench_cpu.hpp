@@ -19,10 +19,10 @@ struct CpuBenchOptions {
   int repeats = 7;
 };
 
-/// Attention on the processor's threads. Each row is measured in turn with its ceiling, the FMA or
-/// bf16 dot-product peak of a loop in registers or (decode) the rate of reading memory, and with
-/// sgemm of OpenBLAS where it is installed; medians. FLOPs count 4·B·H·D of a kept pair, 2.5 times
-/// that backward.
+/// Attention on the processor's threads. Each row is measured in turn with its ceiling, the peak of
+/// a loop in registers (multiply-adds; for bf16 the tile unit or the dot product, which the row's
+/// name tells) or (decode) the rate of reading memory, and with sgemm of OpenBLAS where it is
+/// installed; medians. FLOPs count 4·B·H·D of a kept pair, 2.5 times that backward.
 std::vector<BenchRow> bench_cpu_kernels(const CpuBenchOptions& options);
 
 }  // namespace annulus::launch
