@@ -152,11 +152,13 @@ TEST(CpuWork, IsCountedInKeptPairs) {
   }
 }
 
-TEST(CpuThreads, AnyNumberGivesTheSameBits) {
+class CpuThreadsOn : public ::testing::TestWithParam<DType> {};
+
+TEST_P(CpuThreadsOn, AnyNumberGivesTheSameBits) {
   std::mt19937_64 random(test_seed());
   for (const auto& [seq, keys] : {std::pair<std::int64_t, std::int64_t>{700, 700}, {3, 9000}}) {
-    const Case c(DType::f32, Shape{1, seq, 6, 40}, Shape{1, keys, 2, 40}, causal(), 11);
-    const HostTensor grad_o = normal(random, DType::f32, c.problem.q.shape);
+    const Case c(GetParam(), Shape{1, seq, 6, 40}, Shape{1, keys, 2, 40}, causal(), 11);
+    const HostTensor grad_o = normal(random, GetParam(), c.problem.q.shape);
     const auto run = [&] {
       Output out = forward(c, "cpu");
       HostTensor lse = output(DType::f32, c.statistic());
@@ -192,6 +194,9 @@ TEST(CpuThreads, AnyNumberGivesTheSameBits) {
     }
   }
 }
+
+// bf16 has a way of its own where there is a tile unit.
+INSTANTIATE_TEST_SUITE_P(DTypes, CpuThreadsOn, ::testing::Values(DType::f32, DType::bf16));
 
 // A shared bias gradient is written by all heads: they must take turns.
 TEST(CpuThreads, ASharedBiasGradientHasTheSameBits) {
