@@ -30,6 +30,24 @@ Maker maker(std::int64_t head_dim, std::int64_t value_dim) {
   }
 }
 
+using BackwardMaker = BackwardVariant (*)(DType);
+
+BackwardMaker backward_maker(std::int64_t head_dim, std::int64_t value_dim) {
+  if (head_dim == 192 && value_dim == 128) return backward_d192_v128;
+  switch (head_dim) {
+    case 64:
+      return backward_d64;
+    case 96:
+      return backward_d96;
+    case 128:
+      return backward_d128;
+    case 192:
+      return backward_d192;
+    default:
+      return backward_d256;
+  }
+}
+
 bool is_hopper() {
   int device = 0;
   int major = 0;
@@ -66,8 +84,7 @@ std::string unsupported_tensors(const AttentionProblem& problem) {
   return {};
 }
 
-std::string unsupported(const AttentionProblem& problem, Direction direction) {
-  if (direction == Direction::backward) return "has no backward kernel";
+std::string unsupported(const AttentionProblem& problem, Direction /*direction*/) {
   if (problem.q.dtype != DType::f16 && problem.q.dtype != DType::bf16) {
     return fmt::format("dtype {}; accepted: f16, bf16", name(problem.q.dtype));
   }
@@ -101,8 +118,17 @@ void forward(const ForwardCall& call) {
   forward_segments(call, {&whole, 1});
 }
 
-void backward(const BackwardCall& /*call*/) {
-  throw Error(ExitCode::internal, "sm90: backward was not offered");
+void backward(const BackwardCall& call) {
+  const AttentionProblem& problem = call.problem;
+  std::string reason = unsupported(problem, Direction::backward);
+  require(reason.empty(), ExitCode::usage, "sm90: {}", reason);
+  require(!call.grad_bias, ExitCode::usage, "sm90: no gradient of a bias");
+  require(call.grad_o.dtype == problem.q.dtype, ExitCode::usage,
+          "sm90: output gradient of dtype {} for {} tensors; accepted: the same",
+          name(call.grad_o.dtype), name(problem.q.dtype));
+  reason = unaligned(call.grad_o, "output gradient");
+  require(reason.empty(), ExitCode::usage, "sm90: {}", reason);
+  launch_backward(call, backward_maker(problem.head_dim(), problem.value_dim())(problem.q.dtype));
 }
 
 constexpr std::array<AttentionBackend, 1> kBackends{

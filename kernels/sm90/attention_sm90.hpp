@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/attention.hpp"
+#include "kernels/sm90/backward_launch.hpp"
 #include "kernels/sm90/forward_launch.hpp"
 
 namespace annulus::kernels::sm90 {

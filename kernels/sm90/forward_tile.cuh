@@ -97,4 +97,17 @@ struct Ring {
   }
 };
 
+/// A note as lane 0 reads it: the lane that later tells the producer that the warp is done with it.
+template <typename Note>
+__device__ inline Note broadcast(const Note& shared) {
+  Note note{};
+  if (threadIdx.x % 32 == 0) note = shared;
+  int words[sizeof(Note) / 4];
+  memcpy(words, &note, sizeof(Note));
+#pragma unroll
+  for (int& word : words) word = __shfl_sync(0xffffffffU, word, 0);
+  memcpy(&note, words, sizeof(Note));
+  return note;
+}
+
 }  // namespace annulus::kernels::sm90

@@ -23,10 +23,16 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return function;
 }
 
+CUtensorMapDataType map_type(DType dtype) {
+  if (dtype == DType::f32) return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  return dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
 }  // namespace
 
 template <std::size_t kRank>
 CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapDim, kRank>& dims) {
+  const std::int64_t bytes = size_bytes(dtype);
   std::array<cuuint64_t, kRank> extents{};
   std::array<cuuint64_t, kRank - 1> strides{};
   std::array<cuuint32_t, kRank> box{};
@@ -37,17 +43,15 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapD
     steps[i] = 1;
     // A dimension of one element may come with any stride; the encoder wants a multiple of 16.
     if (i > 0) {
-      strides[i - 1] = dims[i].extent == 1 ? 16 : static_cast<cuuint64_t>(dims[i].stride) * 2;
+      strides[i - 1] = dims[i].extent == 1 ? 16 : static_cast<cuuint64_t>(dims[i].stride * bytes);
     }
   }
   CUtensorMap map{};
-  const CUresult result = encoder()(
-      &map,
-      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      kRank, const_cast<void*>(data), extents.data(), strides.data(), box.data(), steps.data(),
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      dims[0].box == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encoder()(&map, map_type(dtype), kRank, const_cast<void*>(data), extents.data(),
+                strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+                dims[0].box * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     std::string shape;
     for (const MapDim& dim : dims) shape += fmt::format(" {}@{}", dim.extent, dim.stride);

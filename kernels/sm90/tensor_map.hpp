@@ -16,7 +16,7 @@ struct MapDim {
   int box;
 };
 
-/// Map of a 16-bit tensor, innermost dimension first (its stride is 1), with boxes swizzled over
+/// Map of a 16-bit or f32 tensor, innermost dimension first (its stride is 1), with boxes swizzled over
 /// their inner width of 64 or 128 bytes. Throws bad_data with the extents and strides refused.
 template <std::size_t kRank>
 CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapDim, kRank>& dims);

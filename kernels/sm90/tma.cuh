@@ -41,4 +41,28 @@ __device__ inline void tma_load(void* destination, const CUtensorMap* map, std::
       : "memory");
 }
 
+/// Adds a box of fp32 in shared memory to global memory; elements outside the tensor are left out.
+__device__ inline void tma_reduce_add(const CUtensorMap* map, const void* source, int column,
+                                      int row, int head, int batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group"
+      " [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(shared_address(source)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/// Waits until at most kPending of this thread's groups still have to read shared memory.
+template <int kPending>
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+/// Waits until at most kPending of this thread's groups are incomplete.
+template <int kPending>
+__device__ inline void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 }  // namespace annulus::kernels::sm90

@@ -1,0 +1,16 @@
+#include "kernels/sm90/backward_dispatch.cuh"
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+template <typename Element>
+using Tile = BackwardTile<Element, 192, 128, 64, 2, 1, Division::roles>;
+
+}  // namespace
+
+BackwardVariant backward_d192_v128(DType dtype) {
+  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
+                              : backward_variant<Tile<__half>>();
+}
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,16 @@
+#include "kernels/sm90/backward_dispatch.cuh"
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+template <typename Element>
+using Tile = BackwardTile<Element, 256, 256, 64, 2, 1, Division::roles, 1, 2>;
+
+}  // namespace
+
+BackwardVariant backward_d256(DType dtype) {
+  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
+                              : backward_variant<Tile<__half>>();
+}
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,73 @@
+#pragma once
+
+#include "kernels/sm90/backward_keys.cuh"
+#include "kernels/sm90/backward_producer.cuh"
+#include "kernels/sm90/backward_queries.cuh"
+#include "kernels/sm90/backward_roles.cuh"
+
+/// Backward attention for Hopper: one persistent block a multiprocessor. It keeps dK and dV of a
+/// block of keys in registers while the queries that meet it pass by. Three warpgroups feed the
+/// tensor cores without a common step: two on S, dP, dV and dK, and one on dQ alone, so that the
+/// exponentials of one pass under the products of the others.
+namespace annulus::kernels::sm90 {
+
+template <typename Tile>
+__device__ void init_barriers(SharedBackward<Tile>& shared) {
+  constexpr bool kRoles = Tile::kDivision == Division::roles;
+  mbarrier_init(&shared.work_full, 1);
+  mbarrier_init(&shared.work_empty, 1);
+  for (int i = 0; i < Tile::kKvBuffers; ++i) {
+    mbarrier_init(&shared.k_full[i], 1);
+    mbarrier_init(&shared.v_full[i], 1);
+    mbarrier_init(&shared.kv_empty[i], 12);
+  }
+  for (int i = 0; i < Tile::kStages; ++i) {
+    mbarrier_init(&shared.q_full[i], 1);
+    mbarrier_init(&shared.q_empty[i], 8);
+    mbarrier_init(&shared.grad_o_full[i], 1);
+    mbarrier_init(&shared.grad_o_empty[i], 8);
+    mbarrier_init(&shared.rows_full[i], 1);
+  }
+  for (int i = 0; i < Tile::kScoreStages; ++i) {
+    mbarrier_init(&shared.grad_s_full[i], kRoles ? 4 : 8);
+    mbarrier_init(&shared.grad_s_empty[i], 4);
+    mbarrier_init(&shared.p_full[i], 4);
+    mbarrier_init(&shared.p_empty[i], 4);
+  }
+  fence_barrier_init();
+}
+
+template <typename Tile, bool kSoftCap>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  auto& shared = *reinterpret_cast<SharedBackward<Tile>*>(memory);
+  const int warpgroup = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 128, 0);
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(&params.q);
+    tma_prefetch_map(&params.grad_o);
+    tma_prefetch_map(&params.k);
+    tma_prefetch_map(&params.v);
+    init_barriers(shared);
+  }
+  __syncthreads();
+  if (warpgroup == 0) {
+    shrink_registers<Tile::kProducerRegisters>();
+    if (threadIdx.x < 32) BackwardProducer<Tile>(params, shared).run();
+    if (threadIdx.x == 32) BackwardScheduler<Tile>(params, shared).run();
+  } else if (warpgroup == 3) {
+    shrink_registers<Tile::kQueryRegisters>();
+    BackwardQueries<Tile>(params, shared).run();
+  } else {
+    grow_registers<Tile::kKeyRegisters>();
+    if constexpr (Tile::kDivision == Division::keys) {
+      BackwardKeys<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
+    } else if (warpgroup == 1) {
+      BackwardValueRole<Tile, kSoftCap>(params, shared).run();
+    } else {
+      BackwardKeyRole<Tile>(params, shared).run();
+    }
+  }
+}
+
+}  // namespace annulus::kernels::sm90

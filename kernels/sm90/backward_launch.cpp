@@ -1,0 +1,165 @@
+#include "kernels/sm90/backward_launch.hpp"
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels/cuda/check.hpp"
+#include "kernels/cuda_support.hpp"
+#include "kernels/error.hpp"
+#include "kernels/sm90/backward_work.hpp"
+#include "kernels/sm90/tensor_map.hpp"
+#include "kernels/sm90/ticket_counter.hpp"
+#include "kernels/sm90/work_tables.hpp"
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634F;
+constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of queries in L2
+
+std::int32_t narrow(std::int64_t value) {
+  require(value >= 0 && value < (std::int64_t{1} << 30), ExitCode::bad_data,
+          "sm90: extent {}; accepted: below 2^30", value);
+  return static_cast<std::int32_t>(value);
+}
+
+/// [batch, heads, seq]
+RowStrides head_strides(const ConstTensorView& view) {
+  return {view.strides[0], view.strides[2], view.strides[1]};
+}
+
+GradientRows gradient_rows(const TensorView& view, const char* what) {
+  if (!view) return {};
+  require(view.dtype == DType::f32 && view.strides[3] == 1, ExitCode::usage,
+          "sm90: {} has dtype {} and head_dim stride {}; accepted: f32 and 1", what,
+          name(view.dtype), view.strides[3]);
+  bool vector = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+  for (int dim = 0; dim < 3; ++dim) {
+    vector =
+        vector && (view.shape[dim] == 1 || (view.strides[dim] > 0 && view.strides[dim] % 4 == 0));
+  }
+  return {
+      static_cast<float*>(view.data), {view.strides[0], view.strides[1], view.strides[2]}, vector};
+}
+
+CUtensorMap tile_map(const ConstTensorView& view, int columns, int rows) {
+  return make_tensor_map<4>(
+      view.data, view.dtype,
+      {MapDim{view.shape[3], 1, columns}, MapDim{view.shape[1], view.strides[1], rows},
+       MapDim{view.shape[2], view.strides[2], 1}, MapDim{view.shape[0], view.strides[0], 1}});
+}
+
+int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  ANNULUS_CHECK_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+void set_tensors(BackwardParams& params, const BackwardCall& call, const BackwardVariant& variant) {
+  const AttentionProblem& problem = call.problem;
+  params.q = tile_map(problem.q, variant.qk_columns, variant.queries);
+  params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries);
+  params.k = tile_map(problem.k, variant.qk_columns, variant.keys);
+  params.v = tile_map(problem.v, variant.v_columns, variant.keys);
+  params.lse = static_cast<const float*>(call.log_sum_exp.data);
+  params.delta = static_cast<const float*>(call.delta.data);
+  params.lse_strides = head_strides(call.log_sum_exp);
+  params.delta_strides = head_strides(call.delta);
+  params.grad_q = gradient_rows(call.grad_q, "grad_q");
+  if (params.grad_q.data != nullptr && params.grad_q.vector) {
+    params.grad_q_map = tile_map(call.grad_q, 32, 16);
+  }
+  params.grad_k = gradient_rows(call.grad_k, "grad_k");
+  params.grad_v = gradient_rows(call.grad_v, "grad_v");
+}
+
+/// Freed in the order of the stream: after the launch that uses it.
+struct StreamDeleter {
+  Stream stream;
+  void operator()(std::uint32_t* words) const { cuda::release(words, stream); }
+};
+using DeviceWords = std::unique_ptr<std::uint32_t, StreamDeleter>;
+
+DeviceWords set_turns(BackwardParams& params, const BackwardCall& call,
+                      const BackwardVariant& variant) {
+  const AttentionProblem& problem = call.problem;
+  const std::int64_t blocks = (problem.seq_q() + variant.queries - 1) / variant.queries;
+  params.turn_rows = narrow(blocks * variant.queries / 16);
+  const std::int64_t bytes = problem.batch() * problem.q_heads() * params.turn_rows * 4;
+  DeviceWords turns(static_cast<std::uint32_t*>(cuda::allocate(bytes, call.stream)),
+                    StreamDeleter{call.stream});
+  cuda::fill_bytes(turns.get(), 0, bytes, call.stream);
+  params.turns = turns.get();
+  return turns;
+}
+
+void set_scale(BackwardParams& params, const AttentionProblem& problem) {
+  const bool capped = problem.soft_cap > 0.0F;
+  params.scale = problem.scale;
+  params.score_scale = capped ? problem.scale / problem.soft_cap : 1.0F;
+  params.exp_scale = kLog2E * (capped ? problem.soft_cap : problem.scale);
+}
+
+/// A chunk of query heads shares one pass over a block of keys, which saves loads and additions of
+/// dK and dV; fewer than the group where there would be too little work for the device.
+void set_units(BackwardParams& params, const AttentionProblem& problem, const ForwardWork& work,
+               bool deterministic, int processors) {
+  const std::int64_t group = problem.groups.group_size > 0 ? problem.groups.group_size
+                                                           : problem.q_heads() / problem.kv_heads();
+  const std::int64_t offset = problem.groups.q_head_offset;
+  const std::int64_t first = offset / group;
+  const std::int64_t kv_heads = (offset + problem.q_heads() - 1) / group - first + 1;
+  std::int64_t chunk = group;
+  const std::int64_t blocks = work.rows() * kv_heads * (work.per_batch ? 1 : problem.batch());
+  while (!deterministic && chunk > 1 &&
+         blocks * ((group + chunk - 1) / chunk) < std::int64_t{4} * processors) {
+    chunk = (chunk + 1) / 2;
+  }
+  params.group_size = narrow(group);
+  params.q_head_offset = narrow(offset);
+  params.first_kv_head = narrow(first);
+  params.chunk_heads = narrow(chunk);
+  params.chunks = narrow((group + chunk - 1) / chunk);
+  params.q_heads = narrow(problem.q_heads());
+  params.seq_q = narrow(problem.seq_q());
+  params.batch_units = narrow(kv_heads * params.chunks);
+  params.units = work.per_batch ? params.batch_units
+                                : narrow(std::int64_t{params.batch_units} * problem.batch());
+  params.entries = work.rows();
+  const std::int64_t bytes = std::max<std::int64_t>(
+      problem.seq_q() * chunk * (problem.head_dim() * 6 + problem.value_dim() * 2), 1);
+  params.section_units =
+      static_cast<std::int32_t>(std::clamp<std::int64_t>(kSectionBytes / bytes, 1, params.units));
+  params.tickets = narrow(std::int64_t{params.entries} * params.units);
+}
+
+}  // namespace
+
+void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
+  const AttentionProblem& problem = call.problem;
+  if (problem.batch() == 0 || problem.seq_q() == 0 || problem.seq_kv() == 0 ||
+      problem.q_heads() == 0) {
+    return;
+  }
+  const ForwardWork work = plan_backward(
+      problem.mask, problem.batch(), static_cast<std::int32_t>(variant.keys),
+      call.deterministic ? BlockOrder::last_keys_first : BlockOrder::most_queries_first);
+  if (work.entries.empty()) return;
+  const auto stream = static_cast<cudaStream_t>(call.stream.handle);
+  const int processors = multiprocessors();
+
+  BackwardParams params{};
+  set_tensors(params, call, variant);
+  set_scale(params, problem);
+  set_units(params, problem, work, call.deterministic, processors);
+  const WorkTables tables = work_tables(work, stream);
+  params.slice_table = tables.slices;
+  params.entry_table = tables.entries;
+  params.ticket = ticket_counter(stream);
+  const DeviceWords turns = call.deterministic ? set_turns(params, call, variant) : DeviceWords{};
+  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
+}
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,171 @@
+#pragma once
+
+#include "kernels/sm90/backward_scheduler.cuh"
+#include "kernels/sm90/tma.cuh"
+
+/// The producing warp: K and V once a block of keys, then Q, dO, LSE and delta of every block of
+/// queries that meets it. One lane copies tiles; all lanes load the rows' statistics.
+namespace annulus::kernels::sm90 {
+
+template <typename Tile>
+class BackwardProducer {
+ public:
+  __device__ BackwardProducer(const BackwardParams& params, SharedBackward<Tile>& shared)
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x % 32)) {}
+
+  __device__ void run() {
+    KeyItem item = take_work();
+    while (item.ticket < params_.tickets) {
+      load_keys(item);
+      load_queries(item);
+      item = take_work();
+    }
+    mbarrier_wait(&shared_.q_empty[ring_.index], ring_.parity ^ 1);
+    if (lane_ == 0) {
+      shared_.notes[note_].flags = kNoMoreItems;
+      mbarrier_arrive(&shared_.q_full[ring_.index]);
+    }
+  }
+
+ private:
+  using Element = typename Tile::Element;
+
+  __device__ KeyItem take_work() {
+    mbarrier_wait(&shared_.work_full, work_parity_);
+    work_parity_ ^= 1;
+    const KeyItem item = shared_.work;
+    __syncwarp();
+    if (lane_ == 0) mbarrier_arrive(&shared_.work_empty);
+    return item;
+  }
+
+  __device__ void load_keys(const KeyItem& item) {
+    const int buffer = kv_ring_.index;
+    mbarrier_wait(&shared_.kv_empty[buffer], kv_ring_.parity ^ 1);
+    kv_ring_.advance();
+    if (lane_ != 0) return;
+    shared_.items[buffer] = item;
+    mbarrier_arrive_expect(&shared_.k_full[buffer], sizeof(shared_.k[0]));
+    for (int box = 0; box < Tile::kQkBoxes; ++box) {
+      tma_load(&shared_.k[buffer][box * Tile::kKeys * Tile::QkTile::kColumns], &params_.k,
+               &shared_.k_full[buffer], CachePolicy::evict_first, box * Tile::QkTile::kColumns,
+               item.k_begin, item.kv_head, item.batch);
+    }
+    mbarrier_arrive_expect(&shared_.v_full[buffer], sizeof(shared_.v[0]));
+    for (int box = 0; box < Tile::kVBoxes; ++box) {
+      tma_load(&shared_.v[buffer][box * Tile::kKeys * Tile::VTile::kColumns], &params_.v,
+               &shared_.v_full[buffer], CachePolicy::evict_first, box * Tile::VTile::kColumns,
+               item.k_begin, item.kv_head, item.batch);
+    }
+  }
+
+  __device__ void load_queries(const KeyItem& item) {
+    int remaining = item.blocks;
+    int first = kFirstOfItem;
+    for (int head = item.head_begin; head < item.head_end; ++head) {
+      for (int i = item.slice_begin; i < item.slice_end; ++i) {
+        const TileSlice s = params_.slice_table[i];
+        const int2 queries = queries_of(s, item.k_begin, item.k_end);
+        for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
+          --remaining;
+          if constexpr (Tile::kOrdered) turn_ = turn_of(item, i, q);
+          load_block(item, s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
+          first = 0;
+        }
+      }
+    }
+  }
+
+  /// Blocks of keys, and slices of this one, that come before and meet the same queries. Tickets
+  /// are taken in the order of entries, so that whoever waits for a turn waits for earlier tickets.
+  __device__ std::uint32_t turn_of(const KeyItem& item, int slice, int q) const {
+    const int batch = params_.entry_table[item.entry].batch;
+    std::uint32_t earlier = 0;
+    for (int e = lane_; e <= item.entry; e += 32) {
+      const TileEntry entry = params_.entry_table[e];
+      if (entry.batch != batch) continue;
+      const int end = e == item.entry ? slice : entry.slice_end;
+      for (int i = entry.slice_begin; i < end; ++i) {
+        const TileSlice s = params_.slice_table[i];
+        const int2 queries =
+            queries_of(s, entry.q_begin, min(entry.q_begin + Tile::kKeys, s.k_end));
+        if (queries.x <= queries.y && first_block<Tile>(queries.x) <= q && q <= queries.y) {
+          ++earlier;
+        }
+      }
+    }
+    return __reduce_add_sync(0xffffffffU, earlier);
+  }
+
+  __device__ void load_block(const KeyItem& item, const TileSlice& s, int head, int q, int flags) {
+    const int stage = ring_.index;
+    const int q_last = q + Tile::kQueries - 1;
+    const bool full = s.q_begin <= q && q_last < s.q_end &&
+                      item.k_begin + Tile::kKeys == item.k_end && item.k_end - 1 - q <= s.hi &&
+                      item.k_begin - q_last >= s.lo;
+    if (!full) flags |= kPartlyMasked;
+    if (q < s.q_begin || (q_last >= s.q_end && s.q_end < params_.seq_q)) flags |= kForeignRows;
+
+    mbarrier_wait(&shared_.q_empty[stage], ring_.parity ^ 1);
+    if (lane_ == 0) {
+      shared_.notes[note_] = QueryNote{flags, q, head, item.batch, s.lo, s.hi, s.q_begin, s.q_end};
+      if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
+      mbarrier_arrive_expect(&shared_.q_full[stage], sizeof(shared_.q[0]));
+      for (int box = 0; box < Tile::kQkBoxes; ++box) {
+        tma_load(&shared_.q[stage][box * Tile::kQueries * Tile::QkTile::kColumns], &params_.q,
+                 &shared_.q_full[stage], CachePolicy::evict_last, box * Tile::QkTile::kColumns, q,
+                 head, item.batch);
+      }
+    }
+    mbarrier_wait(&shared_.grad_o_empty[stage], ring_.parity ^ 1);
+    if (lane_ == 0) {
+      mbarrier_arrive_expect(&shared_.grad_o_full[stage], sizeof(shared_.grad_o[0]));
+      for (int box = 0; box < Tile::kVBoxes; ++box) {
+        tma_load(&shared_.grad_o[stage][box * Tile::kQueries * Tile::VTile::kColumns],
+                 &params_.grad_o, &shared_.grad_o_full[stage], CachePolicy::evict_last,
+                 box * Tile::VTile::kColumns, q, head, item.batch);
+      }
+    }
+    load_rows(stage, s, q, head, item.batch);
+    ring_.advance();
+    if (++note_ == Tile::kNotes) note_ = 0;
+  }
+
+  /// A row without keys (LSE -inf) or outside the slice gets LSE +inf, so that P = exp2(S - inf) =
+  /// 0, and δ 0.
+  __device__ void load_rows(int stage, const TileSlice& s, int q, int head, int batch) {
+    constexpr int kEach = Tile::kQueries / 32;
+    const float* lse =
+        params_.lse + batch * params_.lse_strides.batch + head * params_.lse_strides.head;
+    const float* delta =
+        params_.delta + batch * params_.delta_strides.batch + head * params_.delta_strides.head;
+    float lse_of[kEach];
+    float delta_of[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = q + lane_ + 32 * i;
+      const bool valid = row >= s.q_begin && row < s.q_end;
+      lse_of[i] = valid ? lse[row * params_.lse_strides.row] : -INFINITY;
+      delta_of[i] = valid ? delta[row * params_.delta_strides.row] : 0.0F;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool empty = lse_of[i] == -INFINITY;
+      shared_.lse[stage][lane_ + 32 * i] = empty ? INFINITY : lse_of[i] * 1.4426950408889634F;
+      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_of[i];
+    }
+    __syncwarp();
+    if (lane_ == 0) mbarrier_arrive(&shared_.rows_full[stage]);
+  }
+
+  const BackwardParams& params_;
+  SharedBackward<Tile>& shared_;
+  const int lane_;
+  Ring<Tile::kStages> ring_;
+  Ring<Tile::kKvBuffers> kv_ring_;
+  int note_ = 0;
+  std::uint32_t turn_ = 0;
+  std::uint32_t work_parity_ = 0;
+};
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,122 @@
+#pragma once
+
+#include "kernels/sm90/backward_fragments.cuh"
+
+/// What the warpgroups of dK and dV share: the five products of a tile, each one committed group,
+/// and the way from scores to what is multiplied.
+namespace annulus::kernels::sm90 {
+
+/// dK or dV of 64 keys.
+template <int kDim>
+struct KeyGradient {
+  static constexpr int kParts = kDim > 192 ? 2 : 1;
+  static constexpr int kColumns = kDim / kParts;
+  float parts[kParts][kColumns / 2];
+};
+
+template <int kDim>
+__device__ inline void pin_registers(KeyGradient<kDim>& d) {
+#pragma unroll
+  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) pin_registers(d.parts[part]);
+}
+
+/// Adds scale times the gradient to this thread's row.
+template <int kDim>
+__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid,
+                                bool vector) {
+#pragma unroll
+  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
+    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid, vector);
+  }
+}
+
+/// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ: 64 keys, from `first_key` on, by all queries.
+template <typename Tile, typename Layout, int kDim>
+__device__ inline void issue_scores(float (&s)[Tile::kQueries / 2],
+                                    const typename Tile::Element* keys, int first_key,
+                                    const typename Tile::Element* queries) {
+  const std::uint64_t a = Layout::k_major(keys + first_key * Layout::kColumns);
+  const std::uint64_t b = Layout::k_major(queries);
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    WgmmaShape<typename Tile::Element, Tile::kQueries>::shared(
+        s, a + Layout::k_major_step(step, Tile::kKeys),
+        b + Layout::k_major_step(step, Tile::kQueries), step != 0);
+  }
+  wgmma_commit();
+}
+
+/// dV += Pᵀ·dO, or dK += dSᵀ·Q. A product of 256 columns asks for more registers than a thread of
+/// 512 may name, so that it is cut in two.
+template <typename Tile, typename Layout, int kDim>
+__device__ inline void issue_key_gradient(KeyGradient<kDim>& d,
+                                          const std::uint32_t (&weights)[Tile::kQueries / 4],
+                                          const typename Tile::Element* queries, bool accumulate) {
+#pragma unroll
+  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
+    constexpr int kColumns = KeyGradient<kDim>::kColumns;
+    const std::uint64_t b =
+        Layout::n_major(queries + part * kColumns * Tile::kQueries, Tile::kQueries);
+#pragma unroll
+    for (int step = 0; step < Tile::kQueries / 16; ++step) {
+      WgmmaShape<typename Tile::Element, kColumns>::registers(d.parts[part], &weights[4 * step],
+                                                              b + Layout::n_major_step(step),
+                                                              step != 0 || accumulate);
+    }
+  }
+  wgmma_commit();
+}
+
+/// Columns of dQ for 64 queries: dQ = dS·K.
+template <typename Tile, int kColumns>
+__device__ inline void issue_query_gradient(float (&d)[kColumns / 2],
+                                            const typename Tile::Element* grad_s,
+                                            const typename Tile::Element* keys) {
+  const std::uint64_t a = Tile::ScoreTile::n_major(grad_s, Tile::kKeys);
+  const std::uint64_t b = Tile::QkTile::n_major(keys, Tile::kKeys);
+#pragma unroll
+  for (int step = 0; step < Tile::kKeys / 16; ++step) {
+    WgmmaShape<typename Tile::Element, kColumns>::transposed(
+        d, a + Tile::ScoreTile::n_major_step(step), b + Tile::QkTile::n_major_step(step),
+        step != 0);
+  }
+  wgmma_commit();
+}
+
+/// Where a warpgroup stands in the rings.
+template <typename Tile>
+struct Place {
+  Ring<Tile::kStages> ring;
+  Ring<Tile::kScoreStages> scores;
+  Ring<Tile::kKvBuffers> kv;
+  int note = 0;
+
+  __device__ void advance() {
+    ring.advance();
+    scores.advance();
+    if (++note == Tile::kNotes) note = 0;
+  }
+};
+
+/// Soft cap and mask of a warpgroup's scores.
+template <bool kSoftCap, typename Tile>
+__device__ inline void prepare_scores(const SharedBackward<Tile>& shared,
+                                      const BackwardParams& params, int flags,
+                                      const Place<Tile>& at, int first_key,
+                                      float (&s)[Tile::kQueries / 2]) {
+  if constexpr (kSoftCap) {
+#pragma unroll
+    for (float& score : s) score = tanh_exp(score * params.score_scale);
+  }
+  if ((flags & kPartlyMasked) == 0) [[likely]]
+    return;
+  const QueryNote note = broadcast(shared.notes[at.note]);
+  const KeyItem item = broadcast(shared.items[at.kv.index]);
+  const int key = item.k_begin + first_key +
+                  static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+  const QueryWindow windows[2] = {query_window(note, key, item.k_end),
+                                  query_window(note, key + 8, item.k_end)};
+  mask_scores(s, windows);
+}
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,94 @@
+#pragma once
+
+#include "kernels/sm90/backward_tile.cuh"
+
+/// The scheduling thread: takes tickets and turns them into blocks of keys with their heads.
+namespace annulus::kernels::sm90 {
+
+/// Queries of slice s, first to last, that see some key of [k_begin, k_end).
+__device__ inline int2 queries_of(const TileSlice& s, int k_begin, int k_end) {
+  return {max(s.q_begin, k_begin - s.hi), min(s.q_end - 1, k_end - 1 - s.lo)};
+}
+
+/// Where the blocks over them begin.
+template <typename Tile>
+__device__ inline int first_block(int q) {
+  return Tile::kOrdered ? q / Tile::kQueries * Tile::kQueries : q;
+}
+
+template <typename Tile>
+class BackwardScheduler {
+ public:
+  __device__ BackwardScheduler(const BackwardParams& params, SharedBackward<Tile>& shared)
+      : params_(params), shared_(shared) {}
+
+  __device__ void run() {
+    int ticket = static_cast<int>(blockIdx.x);
+    std::uint32_t parity = 1;  // of the release of the slot before
+    while (true) {
+      const KeyItem item = decode(ticket);
+      const bool last = ticket >= params_.tickets;
+      if (last || item.blocks > 0) {
+        mbarrier_wait(&shared_.work_empty, parity);
+        parity ^= 1;
+        shared_.work = item;
+        mbarrier_arrive(&shared_.work_full);
+      }
+      if (last) return;
+      const unsigned taken = atomicAdd(params_.ticket, 1U);
+      // The launch takes `tickets` tickets in all, one of them failing for each block.
+      if (taken == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;
+      ticket = static_cast<int>(gridDim.x + taken);
+    }
+  }
+
+ private:
+  __device__ KeyItem decode(int ticket) const {
+    KeyItem item{};
+    item.ticket = ticket;
+    if (ticket >= params_.tickets) return item;
+    const int section_tickets = params_.section_units * params_.entries;
+    const int section = ticket / section_tickets;
+    const int rest = ticket - section * section_tickets;
+    const int first_unit = section * params_.section_units;
+    const int units = min(params_.section_units, params_.units - first_unit);
+    const int entry = rest / units;
+    const int unit = first_unit + rest - entry * units;
+
+    const TileEntry row = params_.entry_table[entry];
+    item.batch = row.batch >= 0 ? row.batch : unit / params_.batch_units;
+    const int in_batch = row.batch >= 0 ? unit : unit - item.batch * params_.batch_units;
+    const int kv_index = in_batch / params_.chunks;
+    const int chunk = in_batch - kv_index * params_.chunks;
+    item.kv_head = params_.first_kv_head + kv_index;
+    const int group_begin = item.kv_head * params_.group_size - params_.q_head_offset;
+    const int group_end = min(group_begin + params_.group_size, params_.q_heads);
+    const int begin = group_begin + chunk * params_.chunk_heads;
+    item.head_begin = max(begin, 0);
+    item.head_end = min(begin + params_.chunk_heads, group_end);
+    item.entry = entry;
+    item.slice_begin = row.slice_begin;
+    item.slice_end = row.slice_end;
+    item.k_begin = row.q_begin;
+    item.k_end = min(row.q_begin + Tile::kKeys, params_.slice_table[row.slice_begin].k_end);
+    item.blocks = max(item.head_end - item.head_begin, 0) * blocks_of(item);
+    return item;
+  }
+
+  __device__ int blocks_of(const KeyItem& item) const {
+    int blocks = 0;
+    for (int i = item.slice_begin; i < item.slice_end; ++i) {
+      const int2 queries = queries_of(params_.slice_table[i], item.k_begin, item.k_end);
+      if (queries.x <= queries.y) {
+        const int q = first_block<Tile>(queries.x);
+        blocks += (queries.y - q + Tile::kQueries) / Tile::kQueries;
+      }
+    }
+    return blocks;
+  }
+
+  const BackwardParams& params_;
+  SharedBackward<Tile>& shared_;
+};
+
+}  // namespace annulus::kernels::sm90

@@ -1,0 +1,106 @@
+#pragma once
+
+#include "kernels/sm90/backward_params.hpp"
+#include "kernels/sm90/forward_tile.cuh"
+
+/// Shape of the backward kernel's tile and its shared memory.
+namespace annulus::kernels::sm90 {
+
+/// How two warpgroups share the four products that a block of keys keeps: each takes all of them
+/// for 64 keys, or one takes S, P, dV and the other dP, dS, dK of the same 64 keys, because no
+/// warpgroup has the registers for dK and dV of 64 keys and more than 128 columns.
+enum class Division { keys, roles };
+
+template <typename Element_, int kHeadDim_, int kValueDim_, int kQueries_, int kStages_,
+          int kKvBuffers_, Division kDivision_, int kScoreStages_ = 2, int kPieces_ = 4>
+struct BackwardTile {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kQueries = kQueries_;  // at a time
+  static constexpr Division kDivision = kDivision_;
+  static constexpr int kKeys = kDivision == Division::keys ? 128 : 64;
+  static constexpr int kStages = kStages_;            // of Q and dO
+  static constexpr int kKvBuffers = kKvBuffers_;      // of K and V
+  static constexpr int kScoreStages = kScoreStages_;  // of dS, and of P where it changes hands
+  static constexpr int kNotes = kStages + kScoreStages;
+  static constexpr int kWarpgroups = 4;  // producer, two for dK and dV, one for dQ
+  static constexpr int kThreads = kWarpgroups * 128;
+  static constexpr bool kOrdered = false;  // additions to dQ in a fixed order
+  // 512 threads own 128 registers each: what the producer gives up is all that the others can get.
+  // dQ's warpgroup holds 64 columns of it at a time, or all 96.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kKeyRegisters = kHeadDim == 96 ? 192 : 208;
+  static constexpr int kQueryRegisters = 512 - kProducerRegisters - 2 * kKeyRegisters;
+  static constexpr int kPieces = kPieces_;  // of 16 rows and 32 columns of dQ on their way, a warp
+  static_assert(kProducerRegisters + 2 * kKeyRegisters + kQueryRegisters <= 4 * 128);
+  static_assert(kQueries % 64 == 0);
+
+  using QkTile = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
+  using VTile = SwizzledTile<kValueDim % 64 == 0 ? 128 : 64>;
+  using ScoreTile = SwizzledTile<128>;  // [query box][key][64 queries]
+  static constexpr int kQkBoxes = kHeadDim / QkTile::kColumns;
+  static constexpr int kVBoxes = kValueDim / VTile::kColumns;
+};
+
+/// The same tile with additions to dQ in turns: a kernel of its own, because the others have no
+/// registers for the waiting.
+template <typename Tile>
+struct OrderedTile : Tile {
+  static constexpr bool kOrdered = true;
+};
+
+enum BackwardFlag : int {
+  kFirstOfItem = 1,
+  kLastOfItem = 2,
+  kPartlyMasked = 4,
+  kForeignRows = 8,  // rows of the block lie outside the slice
+  kNoMoreItems = 16,
+};
+
+/// What the producer tells the others about one block of queries.
+struct alignas(16) QueryNote {
+  std::int32_t flags, q_begin, head, batch;
+  std::int32_t lo, hi, slice_q_begin, slice_q_end;
+};
+
+/// What the scheduler tells the producer: a block of keys and the heads whose queries it meets.
+struct alignas(16) KeyItem {
+  std::int32_t ticket, blocks, k_begin, k_end;
+  std::int32_t batch, kv_head, head_begin, head_end;
+  std::int32_t slice_begin, slice_end, entry, reserved;
+};
+
+template <typename Tile>
+struct SharedBackward {
+  using Element = typename Tile::Element;
+  static constexpr int kStages = Tile::kStages;
+  static constexpr int kBuffers = Tile::kKvBuffers;
+  static constexpr int kScores = Tile::kScoreStages;
+
+  alignas(1024) Element k[kBuffers][Tile::kKeys * Tile::kHeadDim];
+  alignas(1024) Element v[kBuffers][Tile::kKeys * Tile::kValueDim];
+  alignas(1024) Element q[kStages][Tile::kQueries * Tile::kHeadDim];
+  alignas(1024) Element grad_o[kStages][Tile::kQueries * Tile::kValueDim];
+  alignas(1024) Element grad_s[kScores][Tile::kQueries * Tile::kKeys];
+  alignas(1024) float grad_q[4][Tile::kPieces][16 * 32];  // on its way out, by warp
+  // P, in the order of a thread's fragments, on its way from one role to the other.
+  alignas(16) uint4 p[Tile::kDivision == Division::roles ? kScores : 1]
+                     [Tile::kDivision == Division::roles ? Tile::kQueries / 16 : 1]
+                     [Tile::kDivision == Division::roles ? 128 : 1];
+  alignas(16) float lse[kStages][Tile::kQueries];  // in powers of two
+  alignas(16) float delta[kStages][Tile::kQueries];
+  alignas(16) QueryNote notes[Tile::kNotes];
+  std::uint32_t turns[Tile::kNotes];  // how many others add to these rows of dQ before
+  alignas(16) KeyItem items[kBuffers];
+  alignas(16) KeyItem work;
+  std::uint64_t work_full, work_empty;
+  std::uint64_t k_full[kBuffers], v_full[kBuffers], kv_empty[kBuffers];
+  std::uint64_t q_full[kStages], q_empty[kStages];
+  std::uint64_t grad_o_full[kStages], grad_o_empty[kStages];
+  std::uint64_t rows_full[kStages];  // lse and delta; released with grad_o
+  std::uint64_t grad_s_full[kScores], grad_s_empty[kScores];
+  std::uint64_t p_full[kScores], p_empty[kScores];
+};
+
+}  // namespace annulus::kernels::sm90

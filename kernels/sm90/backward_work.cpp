@@ -1,0 +1,114 @@
+#include "kernels/sm90/backward_work.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+constexpr std::int64_t kBandLimit = std::int64_t{1} << 30;
+
+std::int32_t clamp_band(std::int64_t bound) {
+  return static_cast<std::int32_t>(std::clamp(bound, -kBandLimit, kBandLimit));
+}
+
+/// Queries of the slice that see some key of the block.
+std::int64_t queries_met(const TileSlice& slice, std::int64_t k_begin, std::int64_t k_end) {
+  const std::int64_t begin = std::max<std::int64_t>(slice.q_begin, k_begin - slice.hi);
+  const std::int64_t end = std::min<std::int64_t>(slice.q_end, k_end - slice.lo);
+  return std::max<std::int64_t>(end - begin, 0);
+}
+
+/// Slices by the run of keys [begin, end) between two bounds that they cover.
+TileSlice slice_of_run(const Slice& slice, std::int64_t begin, std::int64_t end) {
+  return {static_cast<std::int32_t>(slice.q.begin),
+          static_cast<std::int32_t>(slice.q.end),
+          static_cast<std::int32_t>(begin),
+          static_cast<std::int32_t>(end),
+          clamp_band(slice.band.lo),
+          clamp_band(slice.band.hi),
+          0,
+          0};
+}
+
+class Planner {
+ public:
+  explicit Planner(std::int32_t block_keys) : block_keys_(block_keys) {}
+
+  void add_batch_row(std::span<const Slice> slices, std::int32_t batch) {
+    std::vector<const Slice*> by_begin;
+    std::vector<std::int64_t> bounds;
+    for (const Slice& slice : slices) {
+      if (slice.q.empty() || slice.k.empty()) continue;
+      by_begin.push_back(&slice);
+      bounds.push_back(slice.k.begin);
+      bounds.push_back(slice.k.end);
+    }
+    std::stable_sort(by_begin.begin(), by_begin.end(),
+                     [](const Slice* a, const Slice* b) { return a->k.begin < b->k.begin; });
+    std::sort(bounds.begin(), bounds.end());
+    bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+
+    std::vector<const Slice*> covering;
+    auto next = by_begin.begin();
+    for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
+      std::erase_if(covering, [&](const Slice* slice) { return slice->k.end <= bounds[i]; });
+      for (; next != by_begin.end() && (*next)->k.begin == bounds[i]; ++next) {
+        covering.push_back(*next);
+      }
+      if (!covering.empty()) add_run(covering, bounds[i], bounds[i + 1], batch);
+    }
+  }
+
+  ForwardWork ordered(BlockOrder wanted) {
+    std::vector<std::size_t> order(work_.entries.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+      return wanted == BlockOrder::most_queries_first
+                 ? queries_[a] > queries_[b]
+                 : work_.entries[a].q_begin > work_.entries[b].q_begin;
+    });
+    std::vector<TileEntry> sorted;
+    for (const std::size_t i : order) sorted.push_back(work_.entries[i]);
+    work_.entries = std::move(sorted);
+    return std::move(work_);
+  }
+
+ private:
+  void add_run(std::span<const Slice* const> covering, std::int64_t begin, std::int64_t end,
+               std::int32_t batch) {
+    const auto slice_begin = static_cast<std::int32_t>(work_.slices.size());
+    for (const Slice* slice : covering) work_.slices.push_back(slice_of_run(*slice, begin, end));
+    const auto slice_end = static_cast<std::int32_t>(work_.slices.size());
+    for (std::int64_t k = begin; k < end; k += block_keys_) {
+      std::int64_t queries = 0;
+      for (std::int32_t i = slice_begin; i < slice_end; ++i) {
+        queries += queries_met(work_.slices[static_cast<std::size_t>(i)], k,
+                               std::min(k + block_keys_, end));
+      }
+      if (queries == 0) continue;
+      work_.entries.push_back({static_cast<std::int32_t>(k), batch, slice_begin, slice_end});
+      queries_.push_back(queries);
+    }
+  }
+
+  std::int32_t block_keys_;
+  ForwardWork work_;
+  std::vector<std::int64_t> queries_;  // of each entry
+};
+
+}  // namespace
+
+ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_t block_keys,
+                          BlockOrder order) {
+  Planner planner(block_keys);
+  const bool per_batch = !mask.batch_offsets.empty();
+  for (std::int64_t b = 0; b < (per_batch ? batch : 1); ++b) {
+    planner.add_batch_row(mask.of_batch(b), per_batch ? static_cast<std::int32_t>(b) : -1);
+  }
+  ForwardWork work = planner.ordered(order);
+  work.per_batch = per_batch;
+  return work;
+}
+
+}  // namespace annulus::kernels::sm90
