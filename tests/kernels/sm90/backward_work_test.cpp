@@ -1,0 +1,85 @@
+#include "kernels/sm90/backward_work.hpp"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+namespace annulus::kernels::sm90 {
+namespace {
+
+using Pair = std::pair<std::int64_t, std::int64_t>;
+
+/// How often the blocks of a batch row compute each kept pair.
+std::map<Pair, int> covered(const ForwardWork& work, std::int32_t batch, std::int64_t block) {
+  std::map<Pair, int> times;
+  for (const TileEntry& entry : work.entries) {
+    if (entry.batch >= 0 && entry.batch != batch) continue;
+    for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
+      const TileSlice& s = work.slices[static_cast<std::size_t>(i)];
+      const std::int64_t end = std::min<std::int64_t>(entry.q_begin + block, s.k_end);
+      for (std::int64_t k = entry.q_begin; k < end; ++k) {
+        for (std::int64_t q = s.q_begin; q < s.q_end; ++q) {
+          if (s.lo <= k - q && k - q <= s.hi) ++times[{q, k}];
+        }
+      }
+    }
+  }
+  return times;
+}
+
+void expect_covered(const SliceList& mask, std::int64_t batch, std::int32_t block,
+                    BlockOrder order) {
+  const ForwardWork work = plan_backward(mask, batch, block, order);
+  for (std::int32_t b = 0; b < batch; ++b) {
+    std::map<Pair, int> expected;
+    for (const Slice& slice : mask.of_batch(b)) {
+      for (std::int64_t q = slice.q.begin; q < slice.q.end; ++q) {
+        for (std::int64_t k = slice.k.begin; k < slice.k.end; ++k) {
+          if (slice.keeps(q, k)) expected[{q, k}] = 1;
+        }
+      }
+    }
+    EXPECT_EQ(covered(work, b, block), expected);
+  }
+}
+
+TEST(BackwardWork, CoversEachPairOnce) {
+  std::mt19937 random(std::random_device{}());
+  for (int i = 0; i < 200; ++i) {
+    const std::int64_t half = 1 + static_cast<std::int64_t>(random() % 60);
+    const std::int64_t keys = 1 + static_cast<std::int64_t>(random() % 150);
+    const auto some = static_cast<std::int64_t>(random() % 100) - 50;
+    // Two rows of slices that share keys, of which the second starts in the middle.
+    const std::vector<Slice> slices{{{0, half}, {0, keys}, {-kUnbounded, some}},
+                                    {{half, 2 * half}, {keys / 3, keys}, {some, kUnbounded}},
+                                    {{half, 2 * half}, {0, keys / 3}, {}},
+                                    {{0, 0}, {0, keys}, {}}};
+    const auto block = static_cast<std::int32_t>(random() % 2 == 0 ? 64 : 128);
+    const BlockOrder order =
+        random() % 2 == 0 ? BlockOrder::most_queries_first : BlockOrder::last_keys_first;
+    expect_covered({slices, {}}, 2, block, order);
+    const std::vector<std::int64_t> offsets{0, 1, 4};
+    expect_covered({slices, offsets}, 2, block, order);
+  }
+}
+
+TEST(BackwardWork, OrdersAsAsked) {
+  const std::vector<Slice> causal{{{0, 1000}, {0, 1000}, {-kUnbounded, 0}}};
+  const ForwardWork longest = plan_backward({causal, {}}, 1, 128, BlockOrder::most_queries_first);
+  EXPECT_EQ(longest.entries.front().q_begin, 0);
+  const ForwardWork last = plan_backward({causal, {}}, 1, 128, BlockOrder::last_keys_first);
+  EXPECT_EQ(last.entries.front().q_begin, 896);
+  EXPECT_EQ(last.entries.back().q_begin, 0);
+}
+
+TEST(BackwardWork, LeavesOutKeysWithoutQueries) {
+  const std::vector<Slice> slices{{{0, 100}, {0, 100}, {-kUnbounded, -200}},
+                                  {{0, 100}, {300, 310}, {}}};
+  const ForwardWork work = plan_backward({slices, {}}, 1, 128, BlockOrder::most_queries_first);
+  ASSERT_EQ(work.entries.size(), 1U);
+  EXPECT_EQ(work.entries.front().q_begin, 300);
+}
+
+}  // namespace
+}  // namespace annulus::kernels::sm90
