@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Times the Hopper backward kernel beside its ceiling and peers on the GPU at hand.
+
+    backward_peers.py LIBRARY [--rounds 9] [--json FILE] [--only SUBSTRING]
+
+LIBRARY is libannulus_gpu_api.so of the build. Ceiling: a bf16 product of 8192^3 (cuBLAS). Peers:
+cuDNN's backward through PyTorch, and FlashAttention-4 (package flash-attn-4) where it is installed.
+"ours" is the kernel with delta before it, which adds to fp32 gradients; "cleared" clears them too.
+All contenders of a row take turns as in forward_peers.py; a row gives medians.
+"""
+import argparse
+import ctypes
+import json
+import sys
+
+import torch
+import torch.nn.functional as functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from forward_peers import (FAR, INT, POINTER, REAL, address, outputs, prepared, random_tensors,
+                           take_turns)
+
+try:
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+except ImportError:
+    _flash_attn_bwd = None
+
+
+class Backward(ctypes.Structure):
+    """Mirrors AnnulusBackward."""
+    _fields_ = ([(name, POINTER) for name in ("q", "k", "v", "o", "grad_o", "lse", "delta",
+                                              "grad_q", "grad_k", "grad_v")] +
+                [(name, INT) for name in ("batch", "seq_q", "seq_kv", "q_heads", "kv_heads",
+                                          "head_dim", "value_dim")] +
+                [("slices", POINTER), ("slice_count", INT), ("f16", INT), ("deterministic", INT),
+                 ("scale", REAL), ("stream", POINTER)])
+
+
+def gradients(library, q, k, v, o, lse, grad_o, causal, deterministic=False):
+    """A function that launches once, and the fp32 gradients that it adds to."""
+    seq_q, seq_kv = q.shape[1], k.shape[1]
+    slices = (INT * 6)(0, seq_q, 0, seq_kv, -FAR, seq_kv - seq_q if causal else FAR)
+    delta = torch.empty_like(lse)
+    grads = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
+    args = Backward(*[address(x) for x in (q, k, v, o, grad_o, lse, delta, *grads)], q.shape[0],
+                    seq_q, seq_kv, q.shape[2], k.shape[2], q.shape[3], v.shape[3],
+                    ctypes.addressof(slices), 1, 0, int(deterministic), q.shape[3] ** -0.5,
+                    torch.cuda.current_stream().cuda_stream)
+
+    def launch(args=args, keep=(q, k, v, o, lse, grad_o, slices, delta, grads)):
+        if library.annulus_backward(ctypes.byref(args)) != 0:
+            sys.exit("the kernel refused")
+    return launch, grads
+
+
+def cudnn_backward(q, k, v, grad_o, causal):
+    leaves = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    grad = grad_o.transpose(1, 2)
+    return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+class Bench:
+    def __init__(self, library, rounds, only):
+        self.library, self.rounds, self.only, self.rows = library, rounds, only, []
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        self.gemm = lambda: a @ b
+
+    def forward(self, dim, seq, causal, tokens):
+        heads = 2048 // dim
+        q, k, v = random_tensors(tokens // seq, seq, heads, heads, dim, dim)
+        o, lse = outputs(q, v)
+        prepared(self.library, q, k, v, o, lse,
+                 [(0, seq, 0, seq, -FAR, 0 if causal else FAR)])()
+        return q, k, v, o, lse, torch.randn_like(o)
+
+    def report(self, name, contenders, flops):
+        times = take_turns(contenders, self.rounds)
+        rates = {who: (2 * 8192 ** 3 if who == "gemm" else flops) / times[who] / 1e12
+                 for who in times}
+        best = max((rates[peer] for peer in ("cudnn", "fa4") if peer in rates), default=None)
+        row = dict(name=name, tflops={k: round(v, 1) for k, v in rates.items()},
+                   of_gemm=round(rates["ours"] / rates["gemm"], 3),
+                   of_peer=round(rates["ours"] / best, 3) if best else None)
+        self.rows.append(row)
+        print(f"{name:28s} " + "  ".join(f"{k} {v:6.1f}" for k, v in rates.items()) +
+              f"  of gemm {row['of_gemm']}  of best peer {row['of_peer']}", flush=True)
+
+    def dense(self, dim, seq, causal, tokens=16384):
+        name = f"D{dim} {'causal' if causal else 'full'} S={seq}"
+        if self.only not in name:
+            return
+        q, k, v, o, lse, grad_o = self.forward(dim, seq, causal, tokens)
+        ours, grads = gradients(self.library, q, k, v, o, lse, grad_o, causal)
+
+        def cleared():
+            for grad in grads:
+                grad.zero_()
+            ours()
+        contenders = dict(gemm=self.gemm, ours=ours, cleared=cleared,
+                          cudnn=cudnn_backward(q, k, v, grad_o, causal))
+        if _flash_attn_bwd and dim in (64, 128, 256):
+            fa_o, fa_lse = _flash_attn_fwd(q, k, v, causal=causal, return_lse=True)[:2]
+            contenders["fa4"] = lambda: _flash_attn_bwd(q, k, v, fa_o, grad_o, fa_lse,
+                                                        causal=causal)
+        self.report(name, contenders, 5 * q.shape[0] * q.shape[2] * seq * seq * 2 * dim /
+                    (2 if causal else 1))
+
+    def deterministic(self, dim=128, seq=8192, tokens=16384):
+        name = f"deterministic D{dim} causal S={seq}"
+        if self.only not in name:
+            return
+        q, k, v, o, lse, grad_o = self.forward(dim, seq, True, tokens)
+        free, _ = gradients(self.library, q, k, v, o, lse, grad_o, True)
+        ordered, _ = gradients(self.library, q, k, v, o, lse, grad_o, True, True)
+        self.report(name, dict(gemm=self.gemm, free=free, ours=ordered),
+                    5 * q.shape[0] * q.shape[2] * seq * seq * dim)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("library")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    bench = Bench(ctypes.CDLL(options.library), options.rounds, options.only)
+    print(f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, "
+          f"FlashAttention-4 {'there' if _flash_attn_bwd else 'absent'}", flush=True)
+    for dim in (128, 64, 256):
+        for seq in (16384, 4096, 1024):
+            for causal in (True, False):
+                bench.dense(dim, seq, causal)
+    bench.deterministic()
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(bench.rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
