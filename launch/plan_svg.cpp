@@ -189,10 +189,10 @@ void draw_lane_legend(Svg& svg) {
   const double x = kLanesLeft;
   svg.rectangle(x, y, 26, 11, colour(0));
   svg.text(x + 32, y + 10, "computes, in the colour of the rank whose keys it works on");
-  svg.rectangle(x + 362, y + 4, 26, 4, colour(1));
-  svg.text(x + 394, y + 10, "its keys arrive");
-  svg.rectangle(x + 494, y, 26, 11, "url(#wait)");
-  svg.text(x + 526, y + 10, "waits, or trades heads");
+  svg.rectangle(x + 384, y + 4, 26, 4, colour(1));
+  svg.text(x + 416, y + 10, "its keys arrive");
+  svg.rectangle(x + 514, y, 26, 11, "url(#wait)");
+  svg.text(x + 546, y + 10, "waits, or trades heads");
 }
 
 // A lane for each rank: blocks in the colour of whose keys it works on, what it waits for hatched.
