@@ -25,8 +25,7 @@ __device__ inline std::uint32_t cluster_address(const void* pointer, int rank) {
 /// Says that shared memory was read. A release for the cluster would wait for all of the thread's
 /// accesses to global memory too.
 __device__ inline void mbarrier_arrive_cluster(std::uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 /// Stores 16 bytes in another block's shared memory, and counts them off its barrier.
