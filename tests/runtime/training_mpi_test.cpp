@@ -52,8 +52,11 @@ struct Courses {
 
 TEST(Training, LossesAreThoseOfOneRankAndOfDouble) {
   Context context;
-  for (const char* operation : {"ring", "ulysses"}) {
-    const Courses courses(context, {}, operation, {.runtime_dtype = DType::f32, .backend = "cpu"});
+  const TrainingProblem problem;
+  for (const std::string operation : {"ring", "ulysses"}) {
+    if (operation == "ulysses" && context.size() > problem.q_heads) continue;  // it deals heads
+    const Courses courses(context, problem, operation,
+                          {.runtime_dtype = DType::f32, .backend = "cpu"});
     // Each step may add a rounding of the loss and one of the weights that it leaves.
     courses.expect_the_same(200 * 0x1p-23);
   }

@@ -50,6 +50,12 @@ void run_choice(Communicator& world, const AttentionCase& c, const SequenceLayou
   expect_equal(c, found, expected);
 }
 
+// Ranks that exchange heads need one each.
+bool has_heads_for(const Choice& choice, int ranks, std::int64_t q_heads) {
+  if (choice.scheme == Scheme::ulysses) return ranks <= q_heads;
+  return choice.scheme != Scheme::hybrid || choice.node_ranks <= q_heads;
+}
+
 // The combinations of tests/sharding/schemes_test.cpp over MPI, every `stride`-th or all.
 void run_over_mpi(const std::vector<AttentionCase>& cases, std::size_t stride) {
   Context context;
@@ -62,7 +68,7 @@ void run_over_mpi(const std::vector<AttentionCase>& cases, std::size_t stride) {
     run_reference(c, expected);
     for (const SequenceLayout& layout : layouts(c, c.seq_q, world.size())) {
       for (const Choice& choice : choices(world.size())) {
-        if (choice.scheme == Scheme::ulysses && world.size() > c.q_heads) continue;
+        if (!has_heads_for(choice, world.size(), c.q_heads)) continue;
         for (const bool in_place : {true, false}) {
           if (number++ % stride == 0) {
             run_choice(world, c, layout, choice, in_place, seed, expected);
