@@ -125,6 +125,10 @@ AttentionCall::AttentionCall(const AttentionOperation& operation, const Attentio
 void AttentionCall::plan() {
   require(!options_.attention_weights || operation_.traits().weights, ExitCode::usage,
           "attention_weights are never formed here; use --op vanilla");
+  // A device kernel's bits depend on the other rows and keys of its launch.
+  require(!options_.reproducible || device_ == Device::cpu, ExitCode::usage,
+          "the same bits for any number of ranks come from the CPU's kernels only; leave "
+          "--reproducible or --backend out");
   const AttentionShape shape = shape_of(inputs_, options_.order);
   const TensorLayout query = bthd_layout(inputs_.query.layout(), options_.order);
   const TensorLayout key = bthd_layout(inputs_.key.layout(), options_.order);

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include "kernels/buffer.hpp"
+#include "kernels/error.hpp"
 #include "tests/runtime/operation_case.hpp"
 
 // Operations on device tensors, through every transport, held against the double reference; several
@@ -86,6 +87,12 @@ TEST_P(DeviceOperations, BalancedRowsAndUnevenLengths) {
   shape.seq_q = shape.seq_kv = 777;
   shape.head_dim = shape.value_dim = 64;
   expect_everywhere({shape, options, 44});
+}
+
+TEST_P(DeviceOperations, RefuseToPromiseTheSameBits) {
+  AttentionOptions options;
+  options.reproducible = true;
+  EXPECT_THROW(expect_everywhere({kShape, options, 45}), Error);
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, DeviceOperations,
