@@ -9,8 +9,11 @@
 #endif
 
 #include <cstdint>
+#include <optional>
 
 #include "hwy/highway.h"
+#include "kernels/cpu/amx.hpp"
+#include "kernels/types.hpp"
 
 #undef ANNULUS_AMX
 #if HWY_TARGET == HWY_AVX3 && defined(__x86_64__)
@@ -71,6 +74,30 @@ HWY_INLINE void amx_multiply() {
 }
 
 #endif  // ANNULUS_AMX
+
+/// Whether products of this type go to the tile unit.
+inline bool uses_amx([[maybe_unused]] DType dtype) {
+#if ANNULUS_AMX
+  return dtype == DType::bf16 && cpu::has_amx();
+#else
+  return false;
+#endif
+}
+
+/// The registers configured on this thread while it lives, where the tile unit is used.
+class AmxScope {
+ public:
+  explicit AmxScope([[maybe_unused]] bool used) {
+#if ANNULUS_AMX
+    if (used) tiles_.emplace();
+#endif
+  }
+
+ private:
+#if ANNULUS_AMX
+  std::optional<AmxTiles> tiles_;
+#endif
+};
 
 }  // namespace annulus::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

@@ -6,7 +6,6 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -16,66 +15,13 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
-#include "kernels/cpu/amx_products-inl.hpp"
+#include "kernels/cpu/backward_operands-inl.hpp"
+#include "kernels/cpu/gradient_tile-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 namespace {
-
-// to[i] += from[i]·factor for n elements, a multiple of 8.
-HWY_INLINE void add_scaled(const float* HWY_RESTRICT from, float factor, std::int64_t n,
-                           float* HWY_RESTRICT to) {
-  const Eight d;
-  const auto scale = hn::Set(d, factor);
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  for (std::int64_t i = 0; i < n; i += lanes) {
-    hn::StoreU(hn::MulAdd(hn::LoadU(d, from + i), scale, hn::LoadU(d, to + i)), d, to + i);
-  }
-}
-
-// s ← exp(s·scale − lse), 0 where s is −inf. The difference is taken before the change to base 2:
-// rounding lse·log2(e) would double the error that P has from an f32 log-sum-exp.
-template <bool kMasked>
-void recompute_probabilities(std::int64_t keys, std::int64_t vectors, float scale, const float* lse,
-                             float* s) {
-  const Floats d;
-  const FloatVec factor = hn::Set(d, scale);
-  const FloatVec to_base2 = hn::Set(d, kLog2E);
-  for_each_vector(keys, vectors, s, [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
-    const FloatVec logit = hn::Load(d, at);
-    const FloatVec x = hn::MulSub(logit, factor, hn::Load(d, lse + v * kLanes));
-    FloatVec p = exp2(d, hn::Mul(x, to_base2));
-    // The row of a NaN has one for its log-sum-exp too, and yet no weight for what a mask drops.
-    if (kMasked) p = hn::IfThenZeroElse(hn::Eq(logit, hn::Set(d, kMinusInfinity)), p);
-    hn::Store(p, d, at);
-  });
-}
-
-// dp ← p·(dp − delta), and 0 where p is 0: what a mask drops may hold anything.
-void logit_gradient(std::int64_t keys, std::int64_t vectors, const float* p, const float* delta,
-                    float* dp) {
-  const Floats d;
-  for_each_vector(keys, vectors, dp, [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
-    const FloatVec weight = hn::Load(d, p + (at - dp));
-    const FloatVec grad =
-        hn::Mul(weight, hn::Sub(hn::Load(d, at), hn::Load(d, delta + v * kLanes)));
-    hn::Store(hn::IfThenZeroElse(hn::Eq(weight, hn::Zero(d)), grad), d, at);
-  });
-}
-
-// ds ← ds·(1 − (capped / cap)²), and 0 where ds is 0, as above.
-void cap_gradient(std::int64_t keys, std::int64_t vectors, const float* capped, float cap,
-                  float* ds) {
-  const Floats d;
-  const FloatVec inverse = hn::Set(d, 1.0F / cap);
-  for_each_vector(keys, vectors, ds, [&](std::int64_t, std::int64_t, float* at) HWY_ATTR {
-    const FloatVec t = hn::Mul(hn::Load(d, capped + (at - ds)), inverse);
-    const FloatVec grad = hn::Load(d, at);
-    const FloatVec sloped = hn::Mul(grad, hn::NegMulAdd(t, t, hn::Set(d, 1.0F)));
-    hn::Store(hn::IfThenZeroElse(hn::Eq(grad, hn::Zero(d)), sloped), d, at);
-  });
-}
 
 // Gradients through one chunk of keys (FlashAttention, algorithm 4, with lanes as queries): K, V,
 // dK and dV of the chunk stay, tiles of queries stream by from last to first, so that under a
@@ -90,10 +36,10 @@ class BackwardKeys {
         value_dim_(problem_.value_dim()),
         k_stride_(tile_stride(head_dim_)),
         v_stride_(tile_stride(value_dim_)),
-        amx_(uses_amx(problem_)) {
+        amx_(uses_amx(problem_.q.dtype)) {
     const std::int64_t keys = backward_chunk_keys(problem_);
 #if ANNULUS_AMX
-    if (amx_) take_amx(scratch);
+    if (amx_) operands_.emplace(problem_, keys, scratch);
 #endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
@@ -123,7 +69,7 @@ class BackwardKeys {
            (8 + kTileLanes) * strides +
            kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
            6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24 +
-           (uses_amx(problem) ? amx_floats(problem) : 0);
+           amx_floats(problem);
   }
 
   void compute(std::int64_t chunk, AccumulationOrder& order) {
@@ -132,10 +78,7 @@ class BackwardKeys {
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
     }
     if (slices_.empty()) return;
-#if ANNULUS_AMX
-    std::optional<AmxTiles> configured;
-    if (amx_) configured.emplace();
-#endif
+    const AmxScope amx(amx_);
     load_keys();
     for (std::int64_t tile = order.tiles() - 1; tile >= 0; --tile) {
       if (!order.meets(chunk, tile)) continue;
@@ -149,20 +92,13 @@ class BackwardKeys {
   }
 
  private:
-  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
+  static std::int64_t amx_floats([[maybe_unused]] const AttentionProblem& problem) {
 #if ANNULUS_AMX
-    return problem.q.dtype == DType::bf16 && cpu::has_amx();
-#else
-    return false;
+    if (uses_amx(problem.q.dtype)) {
+      return BackwardOperands::floats(problem, backward_chunk_keys(problem));
+    }
 #endif
-  }
-
-  static std::int64_t amx_floats(const AttentionProblem& problem) {
-    const std::int64_t depth = round_up(std::max(problem.head_dim(), problem.value_dim()), 32);
-    const std::int64_t right = round_up(depth, kTileLanes) * 32;
-    return 3 * backward_chunk_keys(problem) * depth / 2 + 2 * kKeyTile * 32 + 16 * depth * 2 +
-           3 * kTileLanes * depth / 2 + 2 * right + kKeyTile / 2 * kTileLanes + 32 * kTileLanes +
-           16 * 32;
+    return 0;
   }
 
   // K and V in panels of keys, [keys / 8, dim, 8], and K also in panels of its columns,
@@ -181,7 +117,7 @@ class BackwardKeys {
     std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
     std::fill_n(dv_, (keys + 8) * v_stride_, 0.0F);
 #if ANNULUS_AMX
-    if (amx_) load_half_keys();
+    if (amx_) operands_->load_keys(problem_, rows_);
 #endif
   }
 
@@ -242,7 +178,10 @@ class BackwardKeys {
       for (std::int64_t i = 0; i < head_dim_ * kTileLanes; ++i) q_[i] = -q_[i];
     }
 #if ANNULUS_AMX
-    if (amx_) load_half_queries(rows.count);
+    if (amx_) {
+      operands_->load_queries(q_rows_, k_stride_, grad_o_rows_, v_stride_, rows.count,
+                              problem_.scale < 0.0F);
+    }
 #endif
   }
 
@@ -312,80 +251,15 @@ class BackwardKeys {
   }
 
 #if ANNULUS_AMX
-  static std::int64_t depth_of(std::int64_t dim) { return round_up(dim, kAmxDepth); }
-  // Bytes of one row tile of left operands over a dim, and over the keys of a chunk.
-  static std::int64_t tile_bytes(std::int64_t dim) { return depth_of(dim) / kAmxDepth * kAmxBytes; }
-
-  void take_amx(Scratch& scratch) {
-    const std::int64_t keys = backward_chunk_keys(problem_);
-    const std::int64_t depth = std::max(depth_of(head_dim_), depth_of(value_dim_));
-    const auto bytes = [&](std::int64_t count) {
-      return reinterpret_cast<char*>(scratch.take(count / 4));
-    };
-    half_k_ = bytes(keys * depth * 2);
-    half_v_ = bytes(keys * depth * 2);
-    half_k_columns_ = bytes(keys * depth * 2);
-    left_p_ = bytes(kKeyTile * 128);
-    left_ds_ = bytes(kKeyTile * 128);
-    half_rows_ = reinterpret_cast<std::uint16_t*>(scratch.take(kAmxDepth * depth / 2));
-    pair_rows_ = scratch.take(kAmxRows * depth);
-    halves_ = scratch.take(kTileLanes * depth / 2);
-    right_q_ = scratch.take(depth / 2 * kTileLanes);
-    right_grad_o_ = scratch.take(depth / 2 * kTileLanes);
-    for (std::uint32_t** right : {&right_q_rows_, &right_grad_o_rows_}) {
-      *right = reinterpret_cast<std::uint32_t*>(
-          scratch.take(round_up(depth, kTileLanes) / kTileLanes * kRightWords));
-    }
-    pairs_ = reinterpret_cast<std::uint32_t*>(scratch.take(kKeyTile / 2 * kTileLanes));
-    products_ = scratch.take(2 * kAmxRows * kTileLanes);
-  }
-
-  void load_half_keys() {
-    const std::int64_t keys = rows_.keys.size();
-    const std::int64_t depth = depth_of(head_dim_);
-    for (std::int64_t first = 0; first < keys; first += kAmxDepth) {
-      for (std::int64_t i = 0; i < kAmxDepth; ++i) {
-        load_half_key(problem_.v, first + i, half_rows_);
-        store_left_row(half_rows_, value_dim_, first + i, half_v_);
-      }
-      for (std::int64_t i = 0; i < kAmxDepth; ++i) {
-        std::uint16_t* row = half_rows_ + i * depth;
-        load_half_key(problem_.k, first + i, row);
-        store_left_row(row, head_dim_, first + i, half_k_);
-      }
-      store_left_columns(half_rows_, depth, head_dim_, backward_chunk_keys(problem_) / kAmxDepth,
-                         pair_rows_, half_k_columns_ + first / kAmxDepth * kAmxBytes);
-    }
-  }
-
-  void load_half_key(const ConstTensorView& view, std::int64_t i, std::uint16_t* to) const {
-    if (i >= rows_.keys.size()) {
-      std::fill_n(to, depth_of(view.shape[3]), std::uint16_t{0});
-      return;
-    }
-    const std::int64_t at = row_offset(view, rows_.batch, rows_.keys.begin + i, rows_.kv_head);
-    copy_half_row(static_cast<const std::uint16_t*>(view.data) + at, view.shape[3], to);
-  }
-
-  void load_half_queries(std::int64_t count) {
-    const std::uint32_t sign = problem_.scale < 0.0F ? 0x80000000U : 0;
-    store_right_columns(q_rows_, k_stride_, depth_of(head_dim_), head_dim_, sign, halves_,
-                        right_q_);
-    store_right_columns(grad_o_rows_, v_stride_, depth_of(value_dim_), value_dim_, 0, halves_,
-                        right_grad_o_);
-    store_right_rows(q_rows_, k_stride_, count, round_up(head_dim_, 16), right_q_rows_);
-    store_right_rows(grad_o_rows_, v_stride_, count, round_up(value_dim_, 16), right_grad_o_rows_);
-  }
-
   void multiply_half_queries(std::int64_t vectors, std::int64_t first, std::int64_t keys) {
-    const std::int64_t k_bytes = tile_bytes(head_dim_);
-    const std::int64_t v_bytes = tile_bytes(value_dim_);
+    const std::int64_t k_bytes = BackwardOperands::tile_bytes(head_dim_);
+    const std::int64_t v_bytes = BackwardOperands::tile_bytes(value_dim_);
     for (std::int64_t key = 0; key < keys; key += 2 * kAmxRows) {
       const std::int64_t tile = (first + key) / kAmxRows;
-      amx_product(2, vectors, k_bytes / kAmxBytes, {half_k_ + tile * k_bytes, k_bytes}, right_q_,
-                  p_ + key * kTileLanes);
-      amx_product(2, vectors, v_bytes / kAmxBytes, {half_v_ + tile * v_bytes, v_bytes},
-                  right_grad_o_, ds_ + key * kTileLanes);
+      amx_product(2, vectors, k_bytes / kAmxBytes, {operands_->k + tile * k_bytes, k_bytes},
+                  operands_->q, p_ + key * kTileLanes);
+      amx_product(2, vectors, v_bytes / kAmxBytes, {operands_->v + tile * v_bytes, v_bytes},
+                  operands_->grad_o, ds_ + key * kTileLanes);
       prefetch_.step();
     }
   }
@@ -398,12 +272,13 @@ class BackwardKeys {
       std::fill(rows, rows + before * kTileLanes, 0.0F);
       std::fill(rows + end * kTileLanes, rows + all * kTileLanes, 0.0F);
     }
-    store_left_lanes(all, tile.vectors, p_, left_p_);
-    store_left_lanes(all, tile.vectors, ds_, left_ds_);
+    store_left_lanes(all, tile.vectors, p_, operands_->p);
+    store_left_lanes(all, tile.vectors, ds_, operands_->ds);
     const std::int64_t steps = tile.rows.count > kAmxDepth ? 2 : 1;
-    add_to_keys(all, steps, left_p_, right_grad_o_rows_, value_dim_, v_stride_,
+    add_to_keys(all, steps, operands_->p, operands_->grad_o_rows, value_dim_, v_stride_,
                 dv_ + first * v_stride_);
-    add_to_keys(all, steps, left_ds_, right_q_rows_, head_dim_, k_stride_, dk_ + first * k_stride_);
+    add_to_keys(all, steps, operands_->ds, operands_->q_rows, head_dim_, k_stride_,
+                dk_ + first * k_stride_);
     if (call_.grad_q) add_to_queries(tile.vectors, first, all);
   }
 
@@ -416,8 +291,8 @@ class BackwardKeys {
       const std::int64_t vectors = std::min<std::int64_t>(kTileVectors, all_vectors - vector);
       for (std::int64_t key = 0; key < keys; key += 2 * kAmxRows) {
         amx_product(2, vectors, steps, {left + key / kAmxRows * 2 * kAmxBytes, 2 * kAmxBytes},
-                    right + vector / kTileVectors * kRightWords, products_);
-        for_each_vector(2 * kAmxRows, vectors, products_,
+                    right + vector / kTileVectors * kRightWords, operands_->products);
+        for_each_vector(2 * kAmxRows, vectors, operands_->products,
                         [&](std::int64_t i, std::int64_t v, float* at) HWY_ATTR {
                           float* sum = to + (key + i) * stride + (vector + v) * kLanes;
                           hn::Store(hn::Add(hn::Load(d, sum), hn::Load(d, at)), d, sum);
@@ -428,16 +303,17 @@ class BackwardKeys {
 
   void add_to_queries(std::int64_t vectors, std::int64_t first, std::int64_t keys) {
     const Floats d;
-    store_pairs(keys, vectors, ds_, pairs_);
-    const std::int64_t bytes = backward_chunk_keys(problem_) / kAmxDepth * kAmxBytes;
-    const char* left = half_k_columns_ + first / kAmxDepth * kAmxBytes;
+    store_pairs(keys, vectors, ds_, operands_->pairs);
+    const std::int64_t bytes = operands_->column_tile_bytes();
+    const float* products = operands_->products;
+    const char* left = operands_->k_columns + first / kAmxDepth * kAmxBytes;
     for (std::int64_t row = 0; row < head_dim_; row += 2 * kAmxRows) {
       const std::int64_t rows = std::min(head_dim_ - row, 2 * kAmxRows);
       amx_product((rows + kAmxRows - 1) / kAmxRows, vectors, keys / kAmxDepth,
-                  {left + row / kAmxRows * bytes, bytes}, pairs_, products_);
+                  {left + row / kAmxRows * bytes, bytes}, operands_->pairs, operands_->products);
       float* dq = dq_ + row * kTileLanes;
       for_each_vector(rows, vectors, dq, [&](std::int64_t, std::int64_t, float* at) HWY_ATTR {
-        hn::Store(hn::Add(hn::Load(d, at), hn::Load(d, products_ + (at - dq))), d, at);
+        hn::Store(hn::Add(hn::Load(d, at), hn::Load(d, products + (at - dq))), d, at);
       });
     }
   }
@@ -537,21 +413,7 @@ class BackwardKeys {
   float* ds_ = nullptr;
   bool amx_;
 #if ANNULUS_AMX
-  // In bf16, as operands of the tile unit: K and V by rows, K by columns, P and dS by rows.
-  char* half_k_ = nullptr;
-  char* half_v_ = nullptr;
-  char* half_k_columns_ = nullptr;
-  char* left_p_ = nullptr;
-  char* left_ds_ = nullptr;
-  std::uint16_t* half_rows_ = nullptr;  // [32, dim]
-  float* pair_rows_ = nullptr;          // [16, dim]
-  float* halves_ = nullptr;             // [lanes, dim / 2]
-  float* right_q_ = nullptr;            // [head_dim / 2, lanes], as right_grad_o
-  float* right_grad_o_ = nullptr;
-  std::uint32_t* right_q_rows_ = nullptr;  // [columns / 48, lanes / 2, 48], as right_grad_o_rows
-  std::uint32_t* right_grad_o_rows_ = nullptr;
-  std::uint32_t* pairs_ = nullptr;  // [keys / 2, lanes]
-  float* products_ = nullptr;       // [32, lanes]
+  std::optional<BackwardOperands> operands_;  // where amx_
 #endif
   float* lse_ = nullptr;    // [lanes]
   float* delta_ = nullptr;  // [lanes]

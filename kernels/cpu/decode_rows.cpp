@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <vector>
 
-#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -50,7 +48,7 @@ class DecodeRows {
         keys_(keys),
         k_stride_(round_up(problem.head_dim(), kLanesOrEight)),
         v_stride_(round_up(problem.value_dim(), kLanesOrEight)),
-        amx_(uses_amx(problem)) {
+        amx_(uses_amx(problem.q.dtype)) {
     k_ = scratch.take(kDecodeTile * k_stride_);
     std::fill_n(k_, kDecodeTile * k_stride_, 0.0F);
     v_ = scratch.take(kDecodeTile * v_stride_);
@@ -80,10 +78,7 @@ class DecodeRows {
   }
 
   void compute(const AttentionState& partial) {
-#if ANNULUS_AMX
-    std::optional<AmxTiles> configured;
-    if (amx_) configured.emplace();
-#endif
+    const AmxScope amx(amx_);
     for (std::int64_t key = keys_.begin; key < keys_.end; key += kDecodeTile) {
       const Span tile = intersect(keys_, {key, key + kDecodeTile});
       prefetch_tile(intersect(keys_, {tile.end, tile.end + kDecodeTile}));
@@ -100,14 +95,6 @@ class DecodeRows {
  private:
   static constexpr std::int64_t kLanesOrEight = kLanes > 8 ? kLanes : 8;
   static constexpr std::int64_t kPairDepth = 32;  // columns of the tile unit's operands
-
-  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
-#if ANNULUS_AMX
-    return problem.q.dtype == DType::bf16 && cpu::has_amx();
-#else
-    return false;
-#endif
-  }
 
   // A tile of bf16 keys or values.
   static std::int64_t tile_floats(std::int64_t dim) {

@@ -5,7 +5,6 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/key_runs.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -17,19 +16,11 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/amx_products-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
+#include "kernels/cpu/query_tile-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 namespace {
-
-// Queries of one tile and their running softmax. Everything is transposed: a lane is a query.
-struct QueryTile {
-  TileRows rows;
-  std::int64_t vectors = 0;
-  float* q = nullptr;  // [head_dim, lanes]
-  float* o = nullptr;  // [value_dim, lanes]
-  LaneState state;
-};
 
 // Keys packed at a time, and tiles of queries that meet a tile of keys in turn while it is in L2,
 // their own q and o next to it.
@@ -46,7 +37,7 @@ class ForwardRows {
         block_(block),
         k_stride_(tile_stride(problem_.head_dim())),
         v_stride_(tile_stride(problem_.value_dim())),
-        amx_(uses_amx(problem_)) {
+        amx_(uses_amx(problem_.q.dtype)) {
     const std::int64_t chunk = packed_keys(block.rows);
     k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
     v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
@@ -58,6 +49,7 @@ class ForwardRows {
     row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
     buffers_ = {scratch.take(kPairRowsFloats), scratch.take(kKeyTile * kTileLanes),
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
+    carried_.emplace(call, block, row_, rescale_);
     for (std::int64_t row = 0; row < block.rows.rows();) {
       tiles_.push_back(make_tile(row, scratch));
       row += tiles_.back().rows.count;
@@ -72,16 +64,13 @@ class ForwardRows {
                                   Scratch::room_for(packed_dim(problem.head_dim()) * kTileLanes) +
                                   Scratch::room_for(problem.value_dim() * kTileLanes);
     return packed_keys(block) * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim())) +
-           (uses_amx(problem) ? amx_floats(problem) : 0) + 4 * kKeyTile * kTileLanes +
+           (uses_amx(problem.q.dtype) ? amx_floats(problem) : 0) + 4 * kKeyTile * kTileLanes +
            kPairRowsFloats + std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) +
            tiles * per_tile + 512;
   }
 
   void compute() {
-#if ANNULUS_AMX
-    std::optional<AmxTiles> configured;
-    if (amx_) configured.emplace();
-#endif
+    const AmxScope amx(amx_);
     for (const Slice& slice : problem_.mask.of_batch(block_.rows.batch)) {
       const Slice part = clip(slice, block_.rows.queries, block_.rows.keys);
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
@@ -95,14 +84,6 @@ class ForwardRows {
   }
 
  private:
-  static bool uses_amx([[maybe_unused]] const AttentionProblem& problem) {
-#if ANNULUS_AMX
-    return problem.q.dtype == DType::bf16 && cpu::has_amx();
-#else
-    return false;
-#endif
-  }
-
   // Extra scratch: weights in pairs, products of values, rows on their way, V in f32.
   static std::int64_t amx_floats(const AttentionProblem& problem) {
     const std::int64_t depth = round_up(std::max(problem.head_dim(), problem.value_dim()), 32);
@@ -152,42 +133,6 @@ class ForwardRows {
     transpose(row_, k_stride_, kTileLanes, problem_.head_dim(), tile.q, kTileLanes);
   }
 
-  void start_state(QueryTile& tile) {
-    const bool resume = call_.start == ForwardCall::Start::resume && block_.partial == nullptr;
-    std::fill_n(tile.o, problem_.value_dim() * kTileLanes, 0.0F);
-    std::fill_n(tile.state.max, kTileLanes, kMinusInfinity);
-    std::fill_n(tile.state.sum, kTileLanes, 0.0F);
-    if (resume) {
-      resume_state(tile);
-    } else if (problem_.sinks && block_.partial == nullptr) {
-      for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
-        const std::int64_t head = tile.rows.head[static_cast<std::size_t>(lane)];
-        const float sink =
-            static_cast<const float*>(problem_.sinks.data)[head * problem_.sinks.strides[0]];
-        tile.state.max[lane] = sink;
-        tile.state.sum[lane] = sink == kMinusInfinity ? 0.0F : 1.0F;
-      }
-    }
-  }
-
-  void resume_state(QueryTile& tile) {
-    const AttentionState& carried = call_.state;
-    const std::int64_t batch = block_.rows.batch;
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      const std::int64_t at =
-          statistic_offset(carried.row_max, batch, tile.rows.head[i], tile.rows.query[i]);
-      const std::int64_t sum_at =
-          statistic_offset(carried.row_sum, batch, tile.rows.head[i], tile.rows.query[i]);
-      tile.state.max[lane] = static_cast<const float*>(carried.row_max.data)[at];
-      tile.state.sum[lane] = static_cast<const float*>(carried.row_sum.data)[sum_at];
-      load_row(carried.accumulator.data, DType::f32,
-               row_offset(carried.accumulator, batch, tile.rows.query[i], tile.rows.head[i]),
-               problem_.value_dim(), row_ + lane * v_stride_);
-    }
-    transpose(row_, v_stride_, kTileLanes, problem_.value_dim(), tile.o, kTileLanes);
-  }
-
   void add_chunk(Span chunk) {
     packed_.assign(static_cast<std::size_t>((chunk.size() + kKeyTile - 1) / kKeyTile), false);
     finite_ = packed_;
@@ -202,14 +147,14 @@ class ForwardRows {
         add_keys(together, i, intersect(chunk, {key, key + kKeyTile}));
       }
       if (chunk.end != block_.rows.keys.end) continue;
-      for (QueryTile& tile : together) end_tile(tile);
+      for (QueryTile& tile : together) carried_->end(tile);
     }
   }
 
   void start_tiles(std::span<QueryTile> tiles) {
     for (QueryTile& tile : tiles) {
       load_queries(tile);
-      start_state(tile);
+      carried_->start(tile);
     }
   }
 
@@ -469,59 +414,6 @@ class ForwardRows {
     }
   }
 
-  void end_tile(QueryTile& tile) {
-    if (block_.partial != nullptr) {
-      write_state(tile, *block_.partial);
-    } else if (call_.o) {
-      write_output(tile);
-    } else {
-      write_state(tile, call_.state);
-    }
-  }
-
-  void write_state(const QueryTile& tile, const AttentionState& state) {
-    for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
-      write_statistic(state.row_max, tile, lane, tile.state.max[lane]);
-      write_statistic(state.row_sum, tile, lane, tile.state.sum[lane]);
-    }
-    write_rows(tile, state.accumulator);
-  }
-
-  void write_output(QueryTile& tile) {
-    const Floats d;
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
-      const bool empty = tile.state.max[lane] == kMinusInfinity;
-      rescale_[lane] = empty ? 0.0F : 1.0F / tile.state.sum[lane];
-      if (!call_.log_sum_exp || lane >= tile.rows.count) continue;
-      write_statistic(
-          call_.log_sum_exp, tile, lane,
-          empty ? kMinusInfinity : tile.state.max[lane] + std::log(tile.state.sum[lane]));
-    }
-    for_each_vector(problem_.value_dim(), tile.vectors, tile.o,
-                    [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
-                      const FloatVec factor = hn::Load(d, rescale_ + v * kLanes);
-                      const auto empty = hn::Eq(factor, hn::Zero(d));
-                      hn::Store(hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, at), factor)), d, at);
-                    });
-    write_rows(tile, call_.o);
-  }
-
-  void write_statistic(const TensorView& view, const QueryTile& tile, std::int64_t lane,
-                       float value) {
-    const auto i = static_cast<std::size_t>(lane);
-    static_cast<float*>(view.data)[statistic_offset(view, block_.rows.batch, tile.rows.head[i],
-                                                    tile.rows.query[i])] = value;
-  }
-
-  void write_rows(const QueryTile& tile, const TensorView& view) {
-    transpose(tile.o, kTileLanes, problem_.value_dim(), kTileLanes, row_, v_stride_);
-    for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      store_row(row_ + lane * v_stride_, problem_.value_dim(), view.data, view.dtype,
-                row_offset(view, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]));
-    }
-  }
-
   const ForwardCall& call_;
   const AttentionProblem& problem_;
   const ForwardBlock& block_;
@@ -541,6 +433,7 @@ class ForwardRows {
   float* values_ = nullptr;             // [value_dim / 8, keys, 8]
 #endif
   PairBuffers buffers_;
+  std::optional<CarriedRows> carried_;
   RowPrefetch prefetch_;
   std::vector<bool> packed_;  // by key tile of the chunk
   std::vector<bool> finite_;  // whether V of it is, where it was looked at

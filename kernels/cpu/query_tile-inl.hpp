@@ -1,0 +1,144 @@
+// Rows of a tile of queries on their way from a call's tensors and back.
+#if defined(ANNULUS_CPU_QUERY_TILE_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef ANNULUS_CPU_QUERY_TILE_INL
+#undef ANNULUS_CPU_QUERY_TILE_INL
+#else
+#define ANNULUS_CPU_QUERY_TILE_INL
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/forward_rows.hpp"
+#include "kernels/cpu/pack-inl.hpp"
+#include "kernels/cpu/softmax_tile-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+
+/// Queries of one tile and their running softmax. Everything is transposed: a lane is a query.
+struct QueryTile {
+  TileRows rows;
+  std::int64_t vectors = 0;
+  float* q = nullptr;  // [head_dim, lanes]
+  float* o = nullptr;  // [value_dim, lanes]
+  LaneState state;
+};
+
+/// The running softmax of tiles: begun, or resumed from what is carried, and at the end finished or
+/// carried on.
+class CarriedRows {
+ public:
+  /// `rows`: room for the rows of a tile. `factor`: for one number a lane.
+  CarriedRows(const ForwardCall& call, const ForwardBlock& block, float* rows, float* factor)
+      : call_(call),
+        block_(block),
+        value_dim_(call.problem.value_dim()),
+        stride_(tile_stride(value_dim_)),
+        row_(rows),
+        factor_(factor) {}
+
+  void start(QueryTile& tile) {
+    const bool resume = call_.start == ForwardCall::Start::resume && block_.partial == nullptr;
+    std::fill_n(tile.o, value_dim_ * kTileLanes, 0.0F);
+    std::fill_n(tile.state.max, kTileLanes, kMinusInfinity);
+    std::fill_n(tile.state.sum, kTileLanes, 0.0F);
+    if (resume) {
+      resume_state(tile);
+    } else if (call_.problem.sinks && block_.partial == nullptr) {
+      for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
+        const std::int64_t head = tile.rows.head[static_cast<std::size_t>(lane)];
+        const float sink = static_cast<const float*>(
+            call_.problem.sinks.data)[head * call_.problem.sinks.strides[0]];
+        tile.state.max[lane] = sink;
+        tile.state.sum[lane] = sink == kMinusInfinity ? 0.0F : 1.0F;
+      }
+    }
+  }
+
+  void end(QueryTile& tile) {
+    if (block_.partial != nullptr) {
+      write_state(tile, *block_.partial);
+    } else if (call_.o) {
+      write_output(tile);
+    } else {
+      write_state(tile, call_.state);
+    }
+  }
+
+ private:
+  void resume_state(QueryTile& tile) {
+    const AttentionState& carried = call_.state;
+    const std::int64_t batch = block_.rows.batch;
+    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      const std::int64_t at =
+          statistic_offset(carried.row_max, batch, tile.rows.head[i], tile.rows.query[i]);
+      const std::int64_t sum_at =
+          statistic_offset(carried.row_sum, batch, tile.rows.head[i], tile.rows.query[i]);
+      tile.state.max[lane] = static_cast<const float*>(carried.row_max.data)[at];
+      tile.state.sum[lane] = static_cast<const float*>(carried.row_sum.data)[sum_at];
+      load_row(carried.accumulator.data, DType::f32,
+               row_offset(carried.accumulator, batch, tile.rows.query[i], tile.rows.head[i]),
+               value_dim_, row_ + lane * stride_);
+    }
+    transpose(row_, stride_, kTileLanes, value_dim_, tile.o, kTileLanes);
+  }
+
+  void write_state(const QueryTile& tile, const AttentionState& state) {
+    for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
+      write_statistic(state.row_max, tile, lane, tile.state.max[lane]);
+      write_statistic(state.row_sum, tile, lane, tile.state.sum[lane]);
+    }
+    write_rows(tile, state.accumulator);
+  }
+
+  void write_output(QueryTile& tile) {
+    const Floats d;
+    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+      const bool empty = tile.state.max[lane] == kMinusInfinity;
+      factor_[lane] = empty ? 0.0F : 1.0F / tile.state.sum[lane];
+      if (!call_.log_sum_exp || lane >= tile.rows.count) continue;
+      write_statistic(
+          call_.log_sum_exp, tile, lane,
+          empty ? kMinusInfinity : tile.state.max[lane] + std::log(tile.state.sum[lane]));
+    }
+    for_each_vector(value_dim_, tile.vectors, tile.o,
+                    [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
+                      const FloatVec factor = hn::Load(d, factor_ + v * kLanes);
+                      const auto empty = hn::Eq(factor, hn::Zero(d));
+                      hn::Store(hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, at), factor)), d, at);
+                    });
+    write_rows(tile, call_.o);
+  }
+
+  void write_statistic(const TensorView& view, const QueryTile& tile, std::int64_t lane,
+                       float value) {
+    const auto i = static_cast<std::size_t>(lane);
+    static_cast<float*>(view.data)[statistic_offset(view, block_.rows.batch, tile.rows.head[i],
+                                                    tile.rows.query[i])] = value;
+  }
+
+  void write_rows(const QueryTile& tile, const TensorView& view) {
+    transpose(tile.o, kTileLanes, value_dim_, kTileLanes, row_, stride_);
+    for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
+      const auto i = static_cast<std::size_t>(lane);
+      store_row(row_ + lane * stride_, value_dim_, view.data, view.dtype,
+                row_offset(view, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]));
+    }
+  }
+
+  const ForwardCall& call_;
+  const ForwardBlock& block_;
+  std::int64_t value_dim_;
+  std::int64_t stride_;
+  float* row_;     // [lanes, value_dim]
+  float* factor_;  // [lanes]
+};
+
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // ANNULUS_CPU_QUERY_TILE_INL
