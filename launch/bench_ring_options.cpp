@@ -1,0 +1,46 @@
+#include "launch/bench_ring_options.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include "launch/parse.hpp"
+
+namespace annulus::launch {
+
+std::optional<RingOptions> parse_ring_options(Arguments arguments) {
+  RingOptions options;
+  options.plan.operation = "ring";
+  options.plan.seq_q = 8192;
+  options.plan.heads = "8:8";
+  options.plan.dtype = "f32";
+  options.plan.layout = "zigzag";
+  options.plan.rates = "cpu";
+  CLI::App app("measures an attention over the ranks started", "annulus bench ring");
+  app.add_option("--op", options.plan.operation, "ring, all_gather, ulysses or hybrid");
+  app.add_option("--seq", options.plan.seq_q, "tokens")->check(CLI::PositiveNumber);
+  app.add_option("--batch", options.plan.batch, "batch rows")->check(CLI::PositiveNumber);
+  app.add_option("--heads", options.plan.heads, "query heads, or query:KV heads");
+  app.add_option("--head-dim", options.plan.head_dim, "elements of a head");
+  app.add_option("--dtype", options.plan.dtype, "f32, bf16 or f16")
+      ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  app.add_option("--mask", options.plan.mask, "as in annulus plan");
+  app.add_option("--layout", options.plan.layout, "contiguous, zigzag or balanced")
+      ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
+  app.add_flag("!--messages", options.in_place, "send rows instead of reading them in place");
+  app.add_option("--backend", options.backend, "cpu or cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--transport", options.transport, "between devices: auto, mpi, nccl or peer")
+      ->check(CLI::IsMember({"auto", "mpi", "nccl", "peer"}));
+  app.add_flag("!--stages", options.one_launch, "on devices, a launch a stage instead of one");
+  app.add_flag("--reproducible", options.plan.reproducible, "the same bits for any ranks");
+  app.add_option("--repeats", options.repeats, "the fastest counts")->check(CLI::PositiveNumber);
+  app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")
+      ->check(CLI::PositiveNumber);
+  app.add_flag("--memory", options.memory, "print the peak of memory beside the planned one only");
+  app.add_option("--trace", options.trace, "write what the last run of each pass did, as run does");
+  app.add_option("--rates-out", options.rates_out, "write the measured rates for annulus plan");
+  app.add_flag("--json", options.plan.json, "print for machines");
+  if (!parse(app, arguments)) return std::nullopt;
+  return options;
+}
+
+}  // namespace annulus::launch
