@@ -6,6 +6,7 @@
 
 #include "device_tensor.hpp"
 #include "kernels/attention.hpp"
+#include "random_slices.hpp"
 
 namespace annulus {
 
@@ -72,9 +73,5 @@ class BackwardProblem {
   std::vector<double> lse_, delta_;
   Gradients expected_, plain_;
 };
-
-std::vector<Slice> causal_slices(std::int64_t seq_q, std::int64_t seq_kv);
-std::vector<Slice> random_backward_slices(std::mt19937& random, std::int64_t seq_q,
-                                          std::int64_t seq_kv);
 
 }  // namespace annulus

@@ -70,8 +70,8 @@ TEST_F(Sm90Backward, MatchesTheReferenceOnRandomShapes) {
     std::vector<std::unique_ptr<BackwardProblem>> problems;
     for (int j = i; j < std::min(i + kAtOnce, shapes); ++j) {
       const BackwardCase c = random_case(random);
-      problems.push_back(std::make_unique<BackwardProblem>(
-          c, random_backward_slices(random, c.seq_q, c.seq_kv), random()));
+      problems.push_back(
+          std::make_unique<BackwardProblem>(c, random_slices(random, c.seq_q, c.seq_kv), random()));
     }
     expect_right(problems);
     if (HasFatalFailure()) return;

@@ -8,6 +8,7 @@
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "kernels/sm90/attention_sm90.hpp"
+#include "random_slices.hpp"
 
 // The Hopper kernel against the double reference on random shapes, masks and options. Needs a
 // Hopper GPU: build/test_kernels --gtest_filter='Sm90*'; ANNULUS_FUZZ sets the number of shapes.
@@ -186,33 +187,6 @@ class Sm90 : public testing::Test {
 
 std::int64_t pick(std::mt19937& random, std::initializer_list<std::int64_t> from) {
   return *(from.begin() + random() % from.size());
-}
-
-std::vector<Slice> random_slices(std::mt19937& random, std::int64_t seq_q, std::int64_t seq_kv) {
-  const std::int64_t corner = seq_kv - seq_q;
-  const auto some = static_cast<std::int64_t>(random() % 150);
-  switch (random() % 6) {
-    case 0:
-      return {{{0, seq_q}, {0, seq_kv}, {}}};
-    case 1:
-      return {{{0, seq_q}, {0, seq_kv}, {-kUnbounded, corner}}};
-    case 2:
-      return {{{0, seq_q}, {0, seq_kv}, {corner - some, corner + some / 3}}};
-    case 3:
-      return {{{0, seq_q}, {0, seq_kv}, {-kUnbounded, -1 - some}}};  // rows without keys
-    case 4:
-      return {{{seq_q / 3, seq_q}, {seq_kv / 2, seq_kv}, {}}};
-    default:
-      break;
-  }
-  std::vector<Slice> slices;  // documents of unequal lengths, the last tokens being padding
-  const std::int64_t seq = std::min(seq_q, seq_kv);
-  for (std::int64_t begin = 0; begin < seq - seq / 8;) {
-    const std::int64_t end = std::min(seq, begin + 1 + static_cast<std::int64_t>(random() % 90));
-    slices.push_back({{begin, end}, {begin, end}, {-kUnbounded, 0}});
-    begin = end;
-  }
-  return slices;
 }
 
 Case random_case(std::mt19937& random) {

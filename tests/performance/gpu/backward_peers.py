@@ -6,7 +6,8 @@
 LIBRARY is libannulus_gpu_api.so of the build. Ceiling: a bf16 product of 8192^3 (cuBLAS). Peers:
 cuDNN's backward through PyTorch, and FlashAttention-4 (package flash-attn-4) where it is installed.
 "ours" is the kernel with delta before it, which adds to fp32 gradients; "cleared" clears them too.
-All contenders of a row take turns as in forward_peers.py; a row gives medians.
+All contenders of a row take turns as in forward_peers.py, which has what the scripts share; a row
+gives medians.
 """
 import argparse
 import ctypes
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import forward_peers
 from forward_peers import (FAR, INT, POINTER, REAL, address, outputs, prepared, random_tensors,
                            take_turns)
 
@@ -61,12 +63,7 @@ def cudnn_backward(q, k, v, grad_o, causal):
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-class Bench:
-    def __init__(self, library, rounds, only):
-        self.library, self.rounds, self.only, self.rows = library, rounds, only, []
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        self.gemm = lambda: a @ b
-
+class Bench(forward_peers.Bench):
     def forward(self, dim, seq, causal, tokens):
         heads = 2048 // dim
         q, k, v = random_tensors(tokens // seq, seq, heads, heads, dim, dim)
@@ -75,17 +72,9 @@ class Bench:
                  [(0, seq, 0, seq, -FAR, 0 if causal else FAR)])()
         return q, k, v, o, lse, torch.randn_like(o)
 
-    def report(self, name, contenders, flops):
+    def compare(self, name, contenders, flops):
         times = take_turns(contenders, self.rounds)
-        rates = {who: (2 * 8192 ** 3 if who == "gemm" else flops) / times[who] / 1e12
-                 for who in times}
-        best = max((rates[peer] for peer in ("cudnn", "fa4") if peer in rates), default=None)
-        row = dict(name=name, tflops={k: round(v, 1) for k, v in rates.items()},
-                   of_gemm=round(rates["ours"] / rates["gemm"], 3),
-                   of_peer=round(rates["ours"] / best, 3) if best else None)
-        self.rows.append(row)
-        print(f"{name:28s} " + "  ".join(f"{k} {v:6.1f}" for k, v in rates.items()) +
-              f"  of gemm {row['of_gemm']}  of best peer {row['of_peer']}", flush=True)
+        self.report(name, times, {who: 2 * 8192 ** 3 if who == "gemm" else flops for who in times})
 
     def dense(self, dim, seq, causal, tokens=16384):
         name = f"D{dim} {'causal' if causal else 'full'} S={seq}"
@@ -104,7 +93,7 @@ class Bench:
             fa_o, fa_lse = _flash_attn_fwd(q, k, v, causal=causal, return_lse=True)[:2]
             contenders["fa4"] = lambda: _flash_attn_bwd(q, k, v, fa_o, grad_o, fa_lse,
                                                         causal=causal)
-        self.report(name, contenders, 5 * q.shape[0] * q.shape[2] * seq * seq * 2 * dim /
+        self.compare(name, contenders, 5 * q.shape[0] * q.shape[2] * seq * seq * 2 * dim /
                     (2 if causal else 1))
 
     def deterministic(self, dim=128, seq=8192, tokens=16384):
@@ -114,7 +103,7 @@ class Bench:
         q, k, v, o, lse, grad_o = self.forward(dim, seq, True, tokens)
         free, _ = gradients(self.library, q, k, v, o, lse, grad_o, True)
         ordered, _ = gradients(self.library, q, k, v, o, lse, grad_o, True, True)
-        self.report(name, dict(gemm=self.gemm, free=free, ours=ordered),
+        self.compare(name, dict(gemm=self.gemm, free=free, ours=ordered),
                     5 * q.shape[0] * q.shape[2] * seq * seq * dim)
 
 

@@ -12,19 +12,18 @@ a row gives medians, and ratios within the row.
 import argparse
 import ctypes
 import json
-import statistics
 import sys
 
 import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from forward_peers import INT, POINTER, REAL, take_turns
+
 try:
     from flash_attn.cute import flash_attn_func as flash_attention_4
 except ImportError:
     flash_attention_4 = None
-
-POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class Decode(ctypes.Structure):
@@ -64,30 +63,6 @@ def prepared(library, q, k, v, o, lengths, page_size, rows=1):
             sys.exit("the kernel refused")
     launch.table = order.reshape(sequences, max_pages)
     return launch
-
-
-def seconds(function, repeats):
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(400000)  # the host gets ahead of the device
-    start.record()
-    for _ in range(repeats):
-        function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / repeats / 1e3
-
-
-def take_turns(contenders, rounds, burst=0.006):
-    times = {name: [] for name in contenders}
-    repeats = {}
-    for name, function in contenders.items():
-        function()
-        torch.cuda.synchronize()
-        repeats[name] = max(1, int(burst / seconds(function, 2)))
-    for _ in range(rounds):
-        for name, function in contenders.items():
-            times[name].append(seconds(function, repeats[name]))
-    return {name: statistics.median(of) for name, of in times.items()}
 
 
 def random_tensor(*shape, dtype=torch.bfloat16):

@@ -64,7 +64,7 @@ def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=
 
 def seconds(function, repeats):
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(200000)  # the host gets ahead of the device
+    torch.cuda._sleep(400000)  # the host gets ahead of the device
     start.record()
     for _ in range(repeats):
         function()
