@@ -194,7 +194,9 @@ void add_options(CLI::App& app, CommandLine& line) {
       ->check(CLI::IsMember({"contiguous", "paged", "mla"}))
       ->capture_default_str();
   app.add_option("--heads", line.heads, "query heads, or query:KV heads")->capture_default_str();
-  app.add_option("--head-dim", options.head_dim, "elements of a head")->capture_default_str();
+  app.add_option("--head-dim", options.head_dim, "elements of a head")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 512));
   app.add_option("--page-size", options.page_size, "tokens of a page")
       ->check(CLI::Range(1, 256))
       ->capture_default_str();

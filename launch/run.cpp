@@ -237,6 +237,9 @@ void run_attention(Arguments arguments) {
   if (!options) return;
   require(options->backward == !options->input.dataset(CheckpointField::grad_output).empty(),
           ExitCode::usage, "annulus run: --backward and --grad-output go together");
+  require(options->rates.empty() || options->operation == "auto", ExitCode::usage,
+          "annulus run: --rates is what --op auto chooses by; --op {} does not choose",
+          options->operation);
   Watchdog::of_process().start(options->timeout_seconds);
   Context context;
   const Report report = run(context, *options);

@@ -72,6 +72,12 @@ std::vector<BadInput> bad_inputs() {
   add("value_of_option", 64, {"--soft-cap", "-3"}, {"--op", "ring", "--soft-cap", "-3"});
   add("weights", 64, {"ring", "weights", "vanilla"},
       {"--op", "ring", "--mesh", "sp=2", "--weights"});
+  add("rates", 64, {"--rates", "auto", "ring"},
+      {"--op", "ring", "--mesh", "sp=2", "--rates", "rates.json"});
+  add("no_rates", 66, {"rates.json", "--rates-out"},
+      {"--op", "auto", "--mesh", "sp=2", "--rates", "rates.json"});
+  add("trace_folder", 73, {"nowhere/t.json"},
+      {"--op", "ring", "--mesh", "sp=2", "--trace", "nowhere/t.json"});
   add("output_folder", 73, {"nowhere/out.h5"});
   all.back().output = "nowhere/out.h5";
   return all;
