@@ -2,7 +2,7 @@
 
 namespace annulus::kernels::cpu {
 
-/// Whether bf16 products may use the tile unit (AMX): the processor has it, the system lets this
+/// Whether products may use the tile unit (AMX): the processor has it, the system lets this
 /// process use it, and it was not switched off.
 bool has_amx();
 

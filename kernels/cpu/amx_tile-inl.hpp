@@ -62,6 +62,12 @@ HWY_INLINE void amx_load(const void* rows, std::int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
 }
 
+/// The same for rows that are used once and stream through L2: they need not stay in L1.
+template <int kTile>
+HWY_INLINE void amx_stream(const void* rows, std::int64_t stride) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
+}
+
 template <int kTile>
 HWY_INLINE void amx_store(void* rows, std::int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(rows), "r"(stride), "i"(kTile) : "memory");
@@ -75,10 +81,19 @@ HWY_INLINE void amx_multiply() {
 
 #endif  // ANNULUS_AMX
 
-/// Whether products of this type go to the tile unit.
+/// Whether products of this type go to the tile unit as they are.
 inline bool uses_amx([[maybe_unused]] DType dtype) {
 #if ANNULUS_AMX
   return dtype == DType::bf16 && cpu::has_amx();
+#else
+  return false;
+#endif
+}
+
+/// Whether products of this type go to the tile unit as sums of products of bf16.
+inline bool splits_on_amx([[maybe_unused]] DType dtype) {
+#if ANNULUS_AMX
+  return (dtype == DType::f32 || dtype == DType::f16) && cpu::has_amx();
 #else
   return false;
 #endif

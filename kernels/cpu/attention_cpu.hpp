@@ -7,8 +7,8 @@
 namespace annulus::kernels::cpu {
 
 /// The vector backend: FlashAttention tiles on whatever vectors the processor has (Highway),
-/// OpenMP threads, f32 arithmetic; products of bf16 inputs on the tile unit (AMX) where there is
-/// one, with weights rounded to bf16. Rows come out with the same bits for any number of threads.
+/// OpenMP threads, f32 arithmetic. Where there is a tile unit (AMX) it has the products: of bf16 with
+/// weights rounded to bf16, of f32 and f16 as sums of parts that keep the accuracy of f32. Rows come out with the same bits for any number of threads.
 std::string unsupported(const AttentionProblem& problem, Direction direction);
 void forward(const ForwardCall& call);
 void backward(const BackwardCall& call);

@@ -17,6 +17,7 @@
 #include "kernels/cpu/amx_products-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 #include "kernels/cpu/query_tile-inl.hpp"
+#include "kernels/cpu/split_rows-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
@@ -25,7 +26,7 @@ namespace {
 // Keys packed at a time, and tiles of queries that meet a tile of keys in turn while it is in L2,
 // their own q and o next to it.
 constexpr std::int64_t kChunkKeys = 64 * kKeyTile;
-constexpr std::size_t kTilesTogether = 8;
+constexpr std::size_t kTilesTogether = 16;
 
 // One pass of FlashAttention (Dao, 2023) over the keys of a task. K and V are packed once for all
 // its queries and heads, chunk by chunk, each tile when first needed.
@@ -37,10 +38,13 @@ class ForwardRows {
         block_(block),
         k_stride_(tile_stride(problem_.head_dim())),
         v_stride_(tile_stride(problem_.value_dim())),
-        amx_(uses_amx(problem_.q.dtype)) {
+        amx_(uses_amx(problem_.q.dtype)),
+        splits_(splits_on_amx(problem_.q.dtype)) {
     const std::int64_t chunk = packed_keys(block.rows);
-    k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
-    v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
+    if (!splits_) {
+      k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
+      v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
+    }
 #if ANNULUS_AMX
     if (amx_) take_amx(scratch);
 #endif
@@ -49,6 +53,12 @@ class ForwardRows {
     row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
     buffers_ = {scratch.take(kPairRowsFloats), scratch.take(kKeyTile * kTileLanes),
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
+#if ANNULUS_AMX
+    if (splits_) {
+      split_.emplace(problem_, block, chunk, scratch,
+                     SplitWork{p_, rescale_, buffers_, &prefetch_});
+    }
+#endif
     carried_.emplace(call, block, row_, rescale_);
     for (std::int64_t row = 0; row < block.rows.rows();) {
       tiles_.push_back(make_tile(row, scratch));
@@ -59,18 +69,19 @@ class ForwardRows {
   static std::int64_t scratch_floats(const AttentionProblem& problem, const RowBlock& block) {
     const std::int64_t k_stride = tile_stride(problem.head_dim());
     const std::int64_t v_stride = tile_stride(problem.value_dim());
-    const std::int64_t tiles = (block.rows() + kTileLanes - 1) / kTileLanes;
-    const std::int64_t per_tile = Scratch::room_for(kTileLanes) * 3 +
+    const std::int64_t lanes = tile_lanes(splits_on_amx(problem.q.dtype));
+    const std::int64_t tiles = (block.rows() + lanes - 1) / lanes;
+    const std::int64_t per_tile = Scratch::room_for(kTileLanes) * 3 + split_query_floats(problem) +
                                   Scratch::room_for(packed_dim(problem.head_dim()) * kTileLanes) +
                                   Scratch::room_for(problem.value_dim() * kTileLanes);
-    return packed_keys(block) * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim())) +
+    return packed_floats(problem, packed_keys(block)) +
            (uses_amx(problem.q.dtype) ? amx_floats(problem) : 0) + 4 * kKeyTile * kTileLanes +
            kPairRowsFloats + std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) +
            tiles * per_tile + 512;
   }
 
   void compute() {
-    const AmxScope amx(amx_);
+    const AmxScope amx(amx_ || splits_);
     for (const Slice& slice : problem_.mask.of_batch(block_.rows.batch)) {
       const Slice part = clip(slice, block_.rows.queries, block_.rows.keys);
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
@@ -91,6 +102,23 @@ class ForwardRows {
            kAmxRows * depth + kKeyTile * problem.value_dim() + 5 * 32;
   }
 
+  static std::int64_t tile_lanes(bool splits) { return splits ? 2 * kLanes : kTileLanes; }
+
+  // K and V of a chunk.
+  static std::int64_t packed_floats(const AttentionProblem& problem, std::int64_t keys) {
+#if ANNULUS_AMX
+    if (splits_on_amx(problem.q.dtype)) return SplitRows::scratch_floats(problem, keys);
+#endif
+    return keys * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim()));
+  }
+
+  static std::int64_t split_query_floats([[maybe_unused]] const AttentionProblem& problem) {
+#if ANNULUS_AMX
+    if (splits_on_amx(problem.q.dtype)) return SplitRows::query_floats(problem);
+#endif
+    return 0;
+  }
+
   // Columns of a packed row in floats: also enough for bf16 up to a multiple of 32.
   static std::int64_t packed_dim(std::int64_t dim) { return std::max<std::int64_t>(dim, 16); }
 
@@ -103,11 +131,14 @@ class ForwardRows {
     const std::int64_t left = block_.rows.rows() - first_row;
     const bool share = left > kTileLanes && left <= kTileLanes + kLanes;
     QueryTile tile;
-    tile.rows = rows_of_tile(block_.rows, first_row, share ? 2 * kLanes : kTileLanes);
+    tile.rows = rows_of_tile(block_.rows, first_row, tile_lanes(splits_ || share));
     tile.vectors = (tile.rows.count + kLanes - 1) / kLanes;
     tile.q = scratch.take(packed_dim(problem_.head_dim()) * kTileLanes);
     tile.o = scratch.take(problem_.value_dim() * kTileLanes);
     tile.state = {scratch.take(kTileLanes), scratch.take(kTileLanes)};
+    if (splits_) {
+      tile.parts = reinterpret_cast<char*>(scratch.take(split_query_floats(problem_)));
+    }
     return tile;
   }
 
@@ -119,6 +150,7 @@ class ForwardRows {
     }
 #if ANNULUS_AMX
     if (amx_) return load_half_queries(tile);
+    if (split_) return split_->load_queries(tile);
 #endif
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
@@ -146,6 +178,9 @@ class ForwardRows {
         const std::int64_t key = chunk.begin + static_cast<std::int64_t>(i) * kKeyTile;
         add_keys(together, i, intersect(chunk, {key, key + kKeyTile}));
       }
+#if ANNULUS_AMX
+      if (split_) split_->finish();
+#endif
       if (chunk.end != block_.rows.keys.end) continue;
       for (QueryTile& tile : together) carried_->end(tile);
     }
@@ -184,6 +219,10 @@ class ForwardRows {
           add_run_on_tiles(tile, run, run.keys.begin - keys.begin, index);
           continue;
         }
+        if (split_) {
+          split_->add_run(tile, run, run.keys.begin - keys.begin, index);
+          continue;
+        }
 #endif
         add_run(tile, run, run.keys.begin - keys.begin, k, v);
       }
@@ -203,6 +242,7 @@ class ForwardRows {
     }
 #if ANNULUS_AMX
     if (amx_) return pack_half_keys(keys, index);
+    if (split_) return split_->pack(keys, index);
 #endif
     const std::int64_t head_dim = problem_.head_dim();
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
@@ -425,7 +465,9 @@ class ForwardRows {
   float* rescale_ = nullptr;  // [lanes]
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
   bool amx_;
+  bool splits_;
 #if ANNULUS_AMX
+  std::optional<SplitRows> split_;      // where splits_
   std::uint32_t* pairs_ = nullptr;      // [keys / 2, lanes]
   float* products_ = nullptr;           // [32, lanes]
   std::uint16_t* half_rows_ = nullptr;  // [32, dim]

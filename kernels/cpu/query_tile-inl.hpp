@@ -25,6 +25,9 @@ struct QueryTile {
   float* q = nullptr;  // [head_dim, lanes]
   float* o = nullptr;  // [value_dim, lanes]
   LaneState state;
+  char* parts = nullptr;  // of q, where products are split: right operands of the tile unit
+  std::uint32_t odd = 0;  // lanes whose q does not split
+  bool has_q = false;     // whether q is filled beside its parts
 };
 
 /// The running softmax of tiles: begun, or resumed from what is carried, and at the end finished or
