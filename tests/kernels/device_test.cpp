@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -95,6 +97,71 @@ TEST_F(DeviceMemory, AccumulatesStridedViews) {
   accumulate(from.host_view().transposed(0, 1), into.host_view());
   accumulate(from.view().transposed(0, 1), into.view());
   EXPECT_EQ(into.fetched(), into.host);
+}
+
+// Rows and heads of a tensor.
+struct Part {
+  Span rows;
+  Span heads;
+
+  template <typename View>
+  View of(const View& view) const {
+    return view.slice(1, rows).slice(2, heads);
+  }
+};
+
+// The same bytes on the host and on the device.
+struct Twins {
+  std::vector<float> values;
+  Buffer memory;
+  TensorView host;
+  TensorView device;
+
+  Twins(DType dtype, const Shape& shape, std::uint32_t seed)
+      : values(random_floats(shape.elements() * size_bytes(dtype) / 4 + 1, seed)),
+        memory(Device::cuda, shape.elements() * size_bytes(dtype)),
+        host(values.data(), dtype, shape),
+        device(memory.data(), dtype, shape, Device::cuda) {
+    copy(std::as_const(host), device);
+  }
+  void expect_equal() const {
+    std::vector<float> fetched(values.size());
+    copy(std::as_const(device), TensorView(fetched.data(), device.dtype, device.shape));
+    EXPECT_EQ(std::memcmp(fetched.data(), values.data(), static_cast<std::size_t>(memory.bytes())),
+              0);
+  }
+};
+
+// So that words of every width are as wide as they can be; what lies beside stays as it was.
+TEST_F(DeviceMemory, CopiesAndAddsPartsOfTensors) {
+  const std::uint32_t seed = std::random_device{}();
+  std::mt19937 random(seed);
+  const auto below = [&](std::int64_t end) {
+    return std::uniform_int_distribution<std::int64_t>(0, end - 1)(random);
+  };
+  const auto one_of = [&](const auto& list) {
+    return list[static_cast<std::size_t>(below(static_cast<std::int64_t>(list.size())))];
+  };
+  const std::array dtypes{DType::u8, DType::bf16, DType::f32, DType::f64};
+  const std::array<std::int64_t, 5> dims{1, 6, 8, 20, 64};
+  for (int round = 0; round < 200; ++round) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed << ", round " << round);
+    const DType dtype = one_of(dtypes);
+    const Shape shape{1 + below(3), 1 + below(40), 1 + below(9), one_of(dims)};
+    const auto twin_seed = static_cast<std::uint32_t>(random());
+    const Twins from(dtype, shape, twin_seed), to(dtype, shape, twin_seed + 1);
+    const std::int64_t rows = 1 + below(shape[1]), heads = 1 + below(shape[2]);
+    const auto part = [&] {
+      const std::int64_t row = below(shape[1] - rows + 1), head = below(shape[2] - heads + 1);
+      return Part{{row, row + rows}, {head, head + heads}};
+    };
+    const Part read = part(), written = part();
+    const bool adds = dtype == DType::f32 && round % 2 == 0;
+    const auto move = adds ? accumulate : static_cast<decltype(&accumulate)>(copy);
+    move(read.of(from.host), written.of(to.host), {});
+    move(read.of(from.device), written.of(to.device), {});
+    to.expect_equal();
+  }
 }
 
 TEST_F(DeviceState, MergesAndFinishesLikeTheHost) {
