@@ -234,6 +234,9 @@ std::unique_ptr<Exchange> PeerCommunicator::start(std::span<const Send> sends,
     exchange->expect(*host_, peer, messages);
   }
   cuda::order(push_stream_.get(), pull_stream_.get());  // so that wait() covers both
+  // Copies within a device are fast because they take multiprocessors: a kernel that holds all of
+  // them and waits for a peer, which waits for this copy, has to come after it.
+  if (carrier() == Carrier::copy_engine) cuda::order(push_stream_.get(), caller);
   return exchange;
 }
 
@@ -243,7 +246,12 @@ void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchan
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
   for (const Send& send : sends) {
-    cuda::copy_by_engine(data, send.data, static_cast<std::size_t>(send.bytes), stream);
+    const auto size = static_cast<std::size_t>(send.bytes);
+    if (carrier() == Carrier::copy_engine) {
+      ANNULUS_CHECK_CUDA(cudaMemcpyAsync(data, send.data, size, cudaMemcpyDeviceToDevice, stream));
+    } else {
+      cuda::copy_by_engine(data, send.data, size, stream);
+    }
     data += aligned(send.bytes);
   }
   outbox_.lend(slot, stream);

@@ -7,7 +7,10 @@
 namespace annulus {
 
 MappedSlot::MappedSlot(const SlotAddress& address)
-    : data_(address.direct), full_(address.full), read_(make_shared_event()) {
+    : data_(address.direct),
+      full_(address.full),
+      read_(make_shared_event()),
+      read_address_(address_of(read_.get())) {
   if (is_of_this_process(address.full)) return;
   ANNULUS_CHECK_CUDA(cudaIpcOpenMemHandle(&data_, address.memory, cudaIpcMemLazyEnablePeerAccess));
   mapped_ = true;
@@ -28,7 +31,7 @@ void PeerInbox::give_back(int peer, const SlotAddress& address, cudaStream_t str
   const MappedSlot& slot = open(peer, address);
   ANNULUS_CHECK_CUDA(cudaEventRecord(slot.read(), stream));
   auto word = std::make_unique<Word>();
-  word->word = {address.slot, address_of(slot.read())};
+  word->word = {address.slot, slot.read_address()};
   const Send send{peer, &word->word, sizeof(word->word)};
   word->sent = host_.exchange({&send, 1}, {});
   words_.push_back(std::move(word));

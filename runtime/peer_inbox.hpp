@@ -21,12 +21,14 @@ class MappedSlot {
   const std::byte* data() const { return static_cast<const std::byte*>(data_); }
   cudaEvent_t full() const { return full_.get(); }
   cudaEvent_t read() const { return read_.get(); }
+  const EventAddress& read_address() const { return read_address_; }
 
  private:
   void* data_;
   bool mapped_ = false;
   RemoteEvent full_;
   kernels::cuda::OwnedEvent read_;
+  EventAddress read_address_;
 };
 
 /// The slots of peers from which this rank pulls. Mappings are kept: opening one takes longer than

@@ -20,17 +20,17 @@ PeerSlot::PeerSlot(int peer, std::int64_t number, std::int64_t capacity)
     : peer_(peer), number_(number), capacity_(capacity), full_(make_shared_event()) {
   // IPC handles exist for plain allocations only, not for those of a stream's pool.
   ANNULUS_CHECK_CUDA(cudaMalloc(&data_, static_cast<std::size_t>(capacity)));
+  address_.slot = number_;
+  ANNULUS_CHECK_CUDA(cudaIpcGetMemHandle(&address_.memory, data_));
+  address_.direct = data_;
+  address_.full = address_of(full_.get());
 }
 
 PeerSlot::~PeerSlot() { cudaFree(data_); }
 
 SlotAddress PeerSlot::address(std::int64_t bytes) const {
-  SlotAddress address{};
-  address.slot = number_;
+  SlotAddress address = address_;
   address.bytes = bytes;
-  ANNULUS_CHECK_CUDA(cudaIpcGetMemHandle(&address.memory, data_));
-  address.direct = data_;
-  address.full = address_of(full_.get());
   return address;
 }
 

@@ -39,6 +39,7 @@ class PeerSlot {
   int peer() const { return peer_; }
   std::int64_t capacity() const { return capacity_; }
   void* data() const { return data_; }
+  /// For a message of `bytes`.
   SlotAddress address(std::int64_t bytes) const;
 
   bool lent() const { return lent_; }
@@ -55,6 +56,7 @@ class PeerSlot {
   void* data_ = nullptr;
   bool lent_ = false;
   kernels::cuda::OwnedEvent full_;
+  SlotAddress address_{};  // handles take the driver longer than a message takes
   std::unique_ptr<RemoteEvent> read_;
 };
 

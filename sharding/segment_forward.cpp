@@ -40,14 +40,8 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   const Stream side = kernels::cuda::side_stream();
   kernels::cuda::order(local.stream, side);
   {
-    // All copies are queued before the kernel is: it waits for no host.
     const ScopedTimer timer(accounting.exposed_seconds());
     for (const Stage& stage : stages) feed.start(stage);
-    for (std::size_t i = 0; i < stages.size(); ++i) {
-      if (stages[i].number == 0) continue;
-      feed.wait(stages[i], side);
-      kernels::cuda::write_word(ready.words + i, ready.value, side);
-    }
   }
   std::vector<std::vector<StagePart>> parts;  // the segments refer to their slices
   std::vector<kernels::cuda::KvSegment> segments;
@@ -57,6 +51,16 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
       const auto [k, v] = feed.views(stages[i], part);
       const std::uint32_t* word = stages[i].number == 0 ? nullptr : ready.words + i;
       segments.push_back({k, v, part.slices.view(), word, ready.value});
+    }
+  }
+  {
+    // All copies are queued before the kernel is: it waits for no host, and no stream of theirs for
+    // it, whatever streams share of the device's queues.
+    const ScopedTimer timer(accounting.exposed_seconds());
+    for (std::size_t i = 0; i < stages.size(); ++i) {
+      if (stages[i].number == 0) continue;
+      feed.wait(stages[i], side);
+      kernels::cuda::write_word(ready.words + i, ready.value, side);
     }
   }
   {
