@@ -4,13 +4,10 @@
 #include <malloc.h>
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
-#include <random>
 #include <vector>
 
 #include "kernels/error.hpp"
@@ -18,6 +15,8 @@
 #include "launch/bench_row.hpp"
 #include "launch/plan_options.hpp"
 #include "launch/process_memory.hpp"
+#include "launch/rank_attention.hpp"
+#include "launch/rank_rates.hpp"
 #include "launch/report.hpp"
 #include "runtime/context.hpp"
 #include "runtime/default_backend.hpp"
@@ -32,176 +31,6 @@
 
 namespace annulus::launch {
 namespace {
-
-double largest(Communicator& ranks, double mine) {
-  std::vector<double> all(static_cast<std::size_t>(ranks.size()));
-  ranks.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
-  return *std::max_element(all.begin(), all.end());
-}
-
-// Seconds of the slowest rank, the fastest of some runs. A step on a device waits for the device.
-double timed(Communicator& ranks, int repeats, const std::function<void()>& step) {
-  double best = 1e30;
-  for (int i = 0; i < repeats; ++i) {
-    ranks.barrier();
-    const auto begin = std::chrono::steady_clock::now();
-    step();
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
-    best = std::min(best, largest(ranks, took.count()));
-  }
-  return best;
-}
-
-// A block of values again and again: drawing all would take longer than the measurement.
-Tensor random_tensor(DType dtype, const Shape& shape, std::uint64_t seed, Device device) {
-  const std::int64_t count = std::min<std::int64_t>(shape.elements(), std::int64_t{1} << 20);
-  Tensor block(DType::f32, {count});
-  std::mt19937_64 random(seed);
-  auto* data = static_cast<float*>(block.view().data);
-  for (std::int64_t i = 0; i < count; ++i) {
-    data[i] = static_cast<float>(static_cast<double>(random() >> 11) * 0x1p-52 - 1.0);
-  }
-  Tensor values(dtype, shape, device);
-  const TensorView flat(values.view().data, dtype, {shape.elements()}, device);
-  for (std::int64_t begin = 0; begin < shape.elements(); begin += count) {
-    const Span span{begin, std::min(begin + count, shape.elements())};
-    copy(std::as_const(block).view().slice(0, {0, span.size()}), flat.slice(0, span));
-  }
-  return values;
-}
-
-// A rank's shards of one attention, forward and backward.
-class RankAttention {
- public:
-  RankAttention(const PlanRequest& request, const AttentionSizes& sizes, DType dtype, int rank,
-                Device device)
-      : q_rows_{request.batch, request.q_layout.rows(rank), request.q_heads, sizes.head_dim},
-        kv_rows_{request.batch, request.kv_layout.rows(rank), request.kv_heads, sizes.head_dim},
-        statistics_{request.batch, request.q_heads, request.q_layout.rows(rank)} {
-    const auto seed = static_cast<std::uint64_t>(rank) * 8;
-    q_ = random_tensor(dtype, q_rows_, seed, device);
-    k_ = random_tensor(dtype, kv_rows_, seed + 1, device);
-    v_ = random_tensor(dtype, kv_rows_, seed + 2, device);
-    grad_o_ = random_tensor(dtype, q_rows_, seed + 3, device);
-    o_ = Tensor(dtype, q_rows_, device);
-    lse_ = Tensor(DType::f32, statistics_, device);
-    delta_ = Tensor(DType::f32, statistics_, device);
-    grad_q_ = Tensor(DType::f32, q_rows_, device);
-    grad_k_ = Tensor(DType::f32, kv_rows_, device);
-    grad_v_ = Tensor(DType::f32, kv_rows_, device);
-    fill_bytes(o_.view().data, device, 0, o_.shape().elements() * size_bytes(dtype));
-    for (Tensor* gradient : {&grad_q_, &grad_k_, &grad_v_}) {
-      fill_bytes(gradient->view().data, device, 0, gradient->shape().elements() * 4);
-    }
-  }
-
-  ForwardCall forward() {
-    ForwardCall call;
-    call.problem.q = q_.view();
-    call.problem.k = k_.view();
-    call.problem.v = v_.view();
-    call.problem.scale = 1.0F / std::sqrt(static_cast<float>(q_rows_[3]));
-    call.o = o_.view();
-    call.log_sum_exp = lse_.view();
-    return call;
-  }
-
-  BackwardCall backward() {
-    BackwardCall call;
-    call.problem = forward().problem;
-    call.grad_o = grad_o_.view();
-    call.log_sum_exp = lse_.view();
-    call.delta = delta_.view();
-    call.o = o_.view();
-    call.grad_q = grad_q_.view();
-    call.grad_k = grad_k_.view();
-    call.grad_v = grad_v_.view();
-    return call;
-  }
-
-  void compute_delta() { attention_delta(o_.view(), grad_o_.view(), delta_.view()); }
-
- private:
-  Shape q_rows_;
-  Shape kv_rows_;
-  Shape statistics_;
-  Tensor q_, k_, v_, grad_o_, o_, lse_, delta_, grad_q_, grad_k_, grad_v_;
-};
-
-// Where the work is, and the ranks that move what it reads.
-struct Place {
-  Device device;
-  Communicator& ranks;
-
-  void finish() const { synchronize(device, {}); }
-};
-
-Tensor ones(std::int64_t bytes, Device device) {
-  Tensor tensor(DType::u8, {bytes}, device);
-  fill_bytes(tensor.view().data, device, 1, bytes);
-  return tensor;
-}
-
-double copy_bandwidth(Communicator& world, const Place& place) {
-  constexpr std::int64_t kBytes = 64 << 20;
-  Tensor from = ones(kBytes, place.device);
-  Tensor to = ones(kBytes, place.device);
-  const double seconds = timed(world, 3, [&] {
-    copy(from.view(), to.view());
-    place.finish();
-  });
-  return static_cast<double>(kBytes) / seconds;
-}
-
-// Every rank receives from the one before it, at the same time.
-double exchange_bandwidth(Communicator& world, const Place& place) {
-  if (world.size() == 1) return 1e10;
-  constexpr std::int64_t kBytes = 16 << 20;
-  Tensor from = ones(kBytes, place.device);
-  Tensor to = ones(kBytes, place.device);
-  const int next = (world.rank() + 1) % world.size();
-  const int before = (world.rank() + world.size() - 1) % world.size();
-  const double seconds = timed(world, 3, [&] {
-    const Send send{next, from.view().data, kBytes};
-    const Receive receive{before, to.view().data, kBytes};
-    place.ranks.exchange({&send, 1}, {&receive, 1})->wait();
-    place.finish();
-  });
-  return static_cast<double>(kBytes) / seconds;
-}
-
-// The ranks' kernels at the same time, each over its own rows: what a perfect ring would keep up.
-Rates measure_rates(Context& context, const Place& place, const PlannedAttention& planned,
-                    RankAttention& tensors, const RingOptions& options) {
-  Communicator& world = context.world();
-  const SequenceLayout& layout = planned.request->q_layout;
-  const std::int64_t rows = std::min(layout.rows(context.rank()), layout.rows(0));
-  // Half of the pairs kept, by a diagonal, as most stages of a causal mask have it.
-  const std::vector<Slice> slices{{{0, rows}, {0, rows}, {-kUnbounded, 0}}};
-  std::int64_t area = slices.front().area() * planned.request->batch * planned.request->q_heads;
-  Rates rates;
-  ForwardCall forward = tensors.forward();
-  forward.problem.mask = {slices, {}};
-  const double forward_seconds = timed(world, options.repeats, [&] {
-    attention_forward(forward);
-    place.finish();
-  });
-  rates.forward_flops = forward_flops(area, planned.sizes) / forward_seconds;
-  tensors.compute_delta();
-  BackwardCall backward = tensors.backward();
-  backward.problem.mask = {slices, {}};
-  const double backward_seconds = timed(world, options.repeats, [&] {
-    attention_backward(backward);
-    place.finish();
-  });
-  rates.backward_flops = backward_flops(area, planned.sizes) / backward_seconds;
-  rates.copy_bandwidth = copy_bandwidth(world, place);
-  rates.node_bandwidth = rates.network_bandwidth = exchange_bandwidth(world, place);
-  rates.node_ranks = context.ranks_on_node();
-  rates.hides_node_transfers = place.device == Device::cuda;
-  rates.reads_in_place = options.in_place && place.device == Device::cpu;
-  return rates;
-}
 
 // The most memory that any rank takes for its tensors and `run`, beside what was planned: one line
 // of JSON. What a first run leaves behind is not the plan's: scratch of kernels, pools of MPI.
@@ -375,6 +204,8 @@ void bench_ring(Arguments arguments) {
   Context context;
   Communicator& world = context.world();
   options->plan.mesh = fmt::format("sp={}", context.size());
+  const bool chooses = options->plan.operation == "auto";
+  if (chooses) options->plan.operation = "ring";
   PlannedAttention planned = plan_attention(options->plan);
   if (options->node_ranks > 0) {
     auto request = std::make_shared<PlanRequest>(*planned.request);
@@ -385,7 +216,11 @@ void bench_ring(Arguments arguments) {
   const Place place = place_of(context, *options, planned.sizes, dtype);
   RankAttention tensors(*planned.request, planned.sizes, dtype, context.rank(), place.device);
   OneRank alone(context, *options, place);
-  const Rates rates = measure_rates(context, place, planned, tensors, *options);
+  Rates rates =
+      measure_rates(context, place, *planned.request, planned.sizes, dtype, options->repeats);
+  rates.reads_in_place = rates.reads_in_place && options->in_place;
+  rates.one_launch = rates.one_launch && options->one_launch;
+  if (chooses) planned.request = choose_scheme(*planned.request, planned.sizes, rates, true);
   const AttentionPlan plan(planned.request, context.rank());
 
   PlanRunner run(place.ranks, plan);

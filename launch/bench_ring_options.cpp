@@ -15,7 +15,7 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   options.plan.layout = "zigzag";
   options.plan.rates = "cpu";
   CLI::App app("measures an attention over the ranks started", "annulus bench ring");
-  app.add_option("--op", options.plan.operation, "ring, all_gather, ulysses or hybrid");
+  app.add_option("--op", options.plan.operation, "ring, all_gather, ulysses, hybrid or auto: by the rates measured");
   app.add_option("--seq", options.plan.seq_q, "tokens")->check(CLI::PositiveNumber);
   app.add_option("--batch", options.plan.batch, "batch rows")->check(CLI::PositiveNumber);
   app.add_option("--heads", options.plan.heads, "query heads, or query:KV heads");

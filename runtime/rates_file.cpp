@@ -25,6 +25,9 @@ Rates read_rates(const std::string& path) {
     rates.node_ranks = json.at("node_ranks");
     rates.hides_node_transfers = json.at("hides_node_transfers");
     rates.reads_in_place = json.at("reads_in_place");
+    rates.forward_uneven_seconds = json.value("forward_uneven_seconds", 0.0);
+    rates.backward_uneven_seconds = json.value("backward_uneven_seconds", 0.0);
+    rates.one_launch = json.value("one_launch", false);
     for (const double rate : {rates.forward_flops, rates.backward_flops, rates.copy_bandwidth,
                               rates.node_bandwidth, rates.network_bandwidth}) {
       require(rate > 0.0, ExitCode::bad_data, "rates: {}: a rate of {}; accepted: above 0", path,
@@ -42,6 +45,8 @@ void write_rates(const std::string& path, const Rates& rates) {
   std::ofstream file(path);
   file << nlohmann::json{{"forward_flops", rates.forward_flops},
                          {"backward_flops", rates.backward_flops},
+                         {"forward_uneven_seconds", rates.forward_uneven_seconds},
+                         {"backward_uneven_seconds", rates.backward_uneven_seconds},
                          {"copy_bandwidth", rates.copy_bandwidth},
                          {"node_bandwidth", rates.node_bandwidth},
                          {"network_bandwidth", rates.network_bandwidth},
@@ -49,7 +54,8 @@ void write_rates(const std::string& path, const Rates& rates) {
                          {"call_seconds", rates.call_seconds},
                          {"node_ranks", rates.node_ranks},
                          {"hides_node_transfers", rates.hides_node_transfers},
-                         {"reads_in_place", rates.reads_in_place}}
+                         {"reads_in_place", rates.reads_in_place},
+                         {"one_launch", rates.one_launch}}
               .dump(2)
        << '\n';
   file.close();

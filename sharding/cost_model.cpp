@@ -88,6 +88,13 @@ double backward_flops(std::int64_t area, const AttentionSizes& sizes) {
          static_cast<double>(3 * sizes.head_dim + 2 * sizes.value_dim);
 }
 
+std::int64_t uneven_rows(const Slice& slice) {
+  const auto [lo, hi] = slice.band;
+  const Span lower = intersect(slice.q, {slice.k.begin + 1 - lo, slice.k.end - lo});
+  const Span upper = intersect(slice.q, {slice.k.begin - hi, slice.k.end - 1 - hi});
+  return lower.size() + upper.size() - 2 * intersect(lower, upper).size();
+}
+
 GroupShares group_shares(const SequenceLayout& q_layout, const SequenceLayout& kv_layout,
                          const MaskSlices& mask, std::int64_t batch, int node_groups) {
   const std::size_t ranks = index(q_layout.ranks());

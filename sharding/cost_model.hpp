@@ -12,6 +12,10 @@ namespace annulus {
 struct Rates {
   double forward_flops = 1e11;  // kept products and sums, per second and rank
   double backward_flops = 1e11;
+  /// Beside that, of a head of an uneven row (below): tiles that a diagonal cuts are computed
+  /// whole, and end at different times.
+  double forward_uneven_seconds = 0.0;
+  double backward_uneven_seconds = 0.0;
   double copy_bandwidth = 1e10;     // bytes per second a rank moves within its own memory
   double node_bandwidth = 1e10;     // bytes per second into a rank from its node
   double network_bandwidth = 1e10;  // bytes per second into a rank from other nodes
@@ -22,6 +26,8 @@ struct Rates {
   bool hides_node_transfers = true;
   /// Ranks of a node read each other's KV where it lies.
   bool reads_in_place = false;
+  /// A ring's forward pass is one launch over all stages, which carries no state between them.
+  bool one_launch = false;
 };
 
 /// Rates to go by where none were measured: of a core of a CPU whose node shares memory, or of an
@@ -40,6 +46,10 @@ struct AttentionSizes {
 /// backward.
 double forward_flops(std::int64_t area, const AttentionSizes& sizes);
 double backward_flops(std::int64_t area, const AttentionSizes& sizes);
+
+/// Query rows of a slice of whose keys the band sets one end and the key range the other, so that
+/// their number changes from row to row.
+std::int64_t uneven_rows(const Slice& slice);
 
 /// What each group of ranks (see AttentionPlan) computes, receives and sends, without making its
 /// plan: exact, in time that grows with slices, chunks and the sum of both over the ranks.

@@ -60,6 +60,7 @@ class RankWalk {
     const double copied = rates_.hides_node_transfers ? 0.0 : own_copy_seconds(*now);
     const double begin = std::max(clock_, arrival) + copied;
     const double seconds = compute_seconds(*now);
+    computed_ = computed_ || !now->slices.slices.empty();
     timeline_.exposed_seconds += begin - clock_;
     timeline_.compute_seconds += seconds;
     clock_ = begin + seconds;
@@ -162,22 +163,38 @@ class RankWalk {
     if (stage.slices.slices.empty()) return 0.0;
     const std::int64_t copies = stage.slices.batch_offsets.empty() ? plan_.request().batch : 1;
     std::int64_t area = 0;
-    for (const Slice& slice : stage.slices.slices) area += copies * slice.area();
+    std::int64_t uneven = 0;
+    for (const Slice& slice : stage.slices.slices) {
+      area += copies * slice.area();
+      uneven += copies * uneven_rows(slice);
+    }
+    const bool forward = pass_ == Pass::forward;
+    const double flops = forward ? forward_flops(area, sizes_) : backward_flops(area, sizes_);
+    const double rate = forward ? rates_.forward_flops : rates_.backward_flops;
+    const double more = forward ? rates_.forward_uneven_seconds : rates_.backward_uneven_seconds;
     const auto heads = static_cast<double>(plan_.q_heads_of(plan_.head_rank()).size());
-    const double seconds = pass_ == Pass::forward
-                               ? heads * forward_flops(area, sizes_) / rates_.forward_flops
-                               : heads * backward_flops(area, sizes_) / rates_.backward_flops;
+    const double seconds = heads * (flops / rate + more * static_cast<double>(uneven));
     if (joined_ && stage.number > 0) return seconds;
-    return seconds + rates_.call_seconds + (pass_ == Pass::forward ? resume_seconds() : 0.0);
+    return seconds + calls() * rates_.call_seconds + (forward ? resume_seconds() : 0.0);
   }
 
-  // The running state is read and written again by every stage but the only one.
+  // All-gather computes KV head by KV head.
+  double calls() const {
+    const bool by_head = plan_.scheme() == Scheme::all_gather;
+    return by_head ? static_cast<double>(plan_.request().kv_heads) : 1.0;
+  }
+
+  // A stage after the first writes the running state that it has read.
   double resume_seconds() const {
-    if (joined_ || plan_.stages().size() < 2) return 0.0;
+    if (joined_ || !computed_ || launches_once()) return 0.0;
     const auto rows =
         static_cast<double>(plan_.request().batch * plan_.q_layout().rows(plan_.group()) *
                             plan_.q_heads_of(plan_.head_rank()).size());
-    return 2.0 * rows * static_cast<double>(sizes_.value_dim * kFloatBytes) / rates_.copy_bandwidth;
+    return rows * static_cast<double>(sizes_.value_dim * kFloatBytes) / rates_.copy_bandwidth;
+  }
+  bool launches_once() const {
+    return rates_.one_launch && plan_.scheme() != Scheme::all_gather &&
+           plan_.request().block_rows == 0;
   }
 
   // Everything that the heads trade, in and out: packed, moved, and unpacked.
@@ -221,6 +238,7 @@ class RankWalk {
   double clock_ = 0.0;
   double back_share_ = 0.0;
   bool joined_ = false;
+  bool computed_ = false;  // a stage before
 };
 
 std::vector<int> followed_ranks(const PlanRequest& request, int head_ranks,

@@ -230,5 +230,49 @@ TEST(ChooseScheme, KeepsKvOffASlowNetwork) {
   EXPECT_EQ(local->scheme, Scheme::ring);
 }
 
+TEST(UnevenRows, HaveOneEndOnTheBand) {
+  const std::uint32_t seed = std::random_device{}();
+  SCOPED_TRACE(::testing::Message() << "seed " << seed);
+  std::mt19937 random(seed);
+  const auto draw = [&](int least, int most) {
+    return std::uniform_int_distribution<std::int64_t>(least, most)(random);
+  };
+  for (int round = 0; round < 500; ++round) {
+    Slice slice;
+    slice.q.begin = draw(0, 20);
+    slice.q.end = slice.q.begin + draw(0, 20);
+    slice.k.begin = draw(0, 20);
+    slice.k.end = slice.k.begin + draw(0, 20);
+    slice.band.lo = round % 3 == 0 ? -kUnbounded : draw(-30, 10);
+    slice.band.hi =
+        round % 3 == 1 ? kUnbounded : std::max<std::int64_t>(slice.band.lo, -30) + draw(0, 30);
+    std::int64_t uneven = 0;
+    for (std::int64_t q = slice.q.begin; q < slice.q.end; ++q) {
+      std::vector<std::int64_t> kept;
+      for (std::int64_t k = slice.k.begin; k < slice.k.end; ++k) {
+        if (slice.keeps(q, k)) kept.push_back(k);
+      }
+      if (kept.empty()) continue;
+      const bool cut_first = kept.front() > slice.k.begin;
+      const bool cut_last = kept.back() < slice.k.end - 1;
+      uneven += cut_first != cut_last ? 1 : 0;
+    }
+    EXPECT_EQ(uneven_rows(slice), uneven);
+  }
+}
+
+TEST(Simulate, ChargesUnevenRows) {
+  const AttentionSizes sizes;
+  Rates rates;
+  const auto seconds = [&](const AttentionMask& mask) {
+    return simulate(request_of(mask, 100, 1), sizes, rates, Pass::forward).seconds;
+  };
+  const double whole = seconds({});
+  const double half = seconds(causal_mask());
+  rates.forward_uneven_seconds = 1e-3;
+  EXPECT_DOUBLE_EQ(seconds({}), whole);
+  EXPECT_NEAR(seconds(causal_mask()), half + 16 * 99 * 1e-3, 1e-9);  // the last row sees all keys
+}
+
 }  // namespace
 }  // namespace annulus
