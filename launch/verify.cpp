@@ -17,6 +17,7 @@
 #include "launch/parse.hpp"
 #include "launch/report.hpp"
 #include "launch/sampled_rows.hpp"
+#include "launch/verify_gradients.hpp"
 #include "runtime/checkpoint.hpp"
 #include "runtime/context.hpp"
 #include "runtime/hdf5_file.hpp"
@@ -113,7 +114,7 @@ void compare_rows(const Subject& subject, const Checkpoint& input, const RowSamp
   std::vector<Span> rows;
   for (const std::int64_t row : sample.rows) rows.push_back({row, row + 1});
   const Span batch{sample.batch, sample.batch + 1};
-  const Span head{sample.q_head, sample.q_head + 1};
+  const Span head{sample.head, sample.head + 1};
   const Selection part =
       Selection(subject.outputs.shape).set(0, {batch}).set(1, rows).set(2, {head});
   const std::vector<double> found = read_doubles(subject.output, subject.outputs, part);
@@ -167,20 +168,36 @@ Errors worst_of_all(Communicator& ranks, const Errors& mine) {
   return worst;
 }
 
-/// fp32 arithmetic stays within 2e-5; a 16-bit type anywhere adds a few of its roundings, relative
-/// to the largest output: inputs and outputs are rounded to it, and so may the weights be.
-double tolerance(const Subject& subject, const Checkpoint& input, double largest) {
+/// A few roundings of the 16-bit type that is anywhere, relative to what is rounded: inputs and
+/// outputs are rounded to it, and so may the weights be.
+double few_roundings(const Subject& subject, const Checkpoint& input) {
   double epsilon = 0.0;
   for (const DType dtype : {subject.outputs.type.dtype, input.dtype(CheckpointField::query),
                             subject.options.dtype.value_or(DType::f32)}) {
     if (dtype == DType::f16) epsilon = std::max(epsilon, 0x1p-11);
     if (dtype == DType::bf16) epsilon = std::max(epsilon, 0x1p-8);
   }
-  return 2e-5 + 4.0 * epsilon * largest;
+  return 4.0 * epsilon;
+}
+
+/// What fp32 arithmetic stays within, and a 16-bit type adds to: of an output, and of a gradient
+/// relative to its norm.
+struct Allowed {
+  double output = 2e-5;
+  double gradient = 1e-4;
+};
+
+Allowed allowed_errors(const Subject& subject, const Checkpoint& input, double largest) {
+  const double more = few_roundings(subject, input);
+  return {2e-5 + more * largest, 1e-4 + more};
+}
+
+double worst_of(const GradientErrors& gradients) {
+  return *std::max_element(gradients.relative.begin(), gradients.relative.end());
 }
 
 void print_table(const Subject& subject, const Checkpoint& input, const Errors& errors,
-                 double allowed) {
+                 const GradientErrors& gradients, const Allowed& allowed) {
   const Report& report = subject.report;
   const auto line = [](const std::string& what, const std::string& value) {
     fmt::print("{:<18} {}\n", what, value);
@@ -198,16 +215,31 @@ void print_table(const Subject& subject, const Checkpoint& input, const Errors& 
   line("max error", fmt::format("{:.2e}", errors.outputs));
   if (subject.log_sum_exp) line("max error of LSE", fmt::format("{:.2e}", errors.log_sum_exp));
   if (errors.stored >= 0.0) line("to the reference", fmt::format("{:.2e}", errors.stored));
-  line("allowed", fmt::format("{:.2e}", allowed));
+  line("allowed", fmt::format("{:.2e}", allowed.output));
+  if (worst_of(gradients) < 0.0) return;
+  for (std::size_t i = 0; i < gradients.relative.size(); ++i) {
+    if (gradients.relative[i] < 0.0) continue;
+    line(fmt::format("grad_{}", GradientErrors::kNames[i]),
+         fmt::format("{:.2e} of its norm, in {} rows", gradients.relative[i], gradients.rows[i]));
+  }
+  line("allowed", fmt::format("{:.2e}", allowed.gradient));
 }
 
-void print_json(const Subject& subject, const Errors& errors, double allowed) {
+void print_json(const Subject& subject, const Errors& errors, const GradientErrors& gradients,
+                const Allowed& allowed) {
   nlohmann::json json = to_json(subject.report);
   json["max_error"] = errors.outputs;
   if (subject.log_sum_exp) json["max_error_log_sum_exp"] = errors.log_sum_exp;
   if (errors.stored >= 0.0) json["max_error_stored_reference"] = errors.stored;
   json["rows"] = static_cast<std::int64_t>(errors.rows);
-  json["tolerance"] = allowed;
+  json["tolerance"] = allowed.output;
+  for (std::size_t i = 0; i < gradients.relative.size(); ++i) {
+    if (gradients.relative[i] < 0.0) continue;
+    const std::string name = fmt::format("grad_{}", GradientErrors::kNames[i]);
+    json["relative_error_" + name] = gradients.relative[i];
+    json["rows_" + name] = gradients.rows[i];
+    json["tolerance_gradients"] = allowed.gradient;
+  }
   fmt::print("{}\n", json.dump());
 }
 
@@ -228,26 +260,34 @@ void verify_output(Arguments arguments) {
   const MaskSlices mask =
       make_slices(read_mask(*alone, input, subject.options, subject.options.causal.value_or(false)),
                   query[0], query[1], seq_kv);
-  const std::vector<RowSample> samples =
-      sample_rows(query, seq_kv, input.shape(CheckpointField::value)[3], kWork, kSeed);
+  const double row_work =
+      static_cast<double>(seq_kv * (query[3] + input.shape(CheckpointField::value)[3]));
+  const std::vector<RowSample> samples = sample_rows(query, {row_work, kWork, 64, kSeed});
   Errors errors;
   for (std::size_t i = static_cast<std::size_t>(ranks.rank()); i < samples.size();
        i += static_cast<std::size_t>(ranks.size())) {
-    compare_rows(subject, input, samples[i],
-                 recompute(*alone, input, subject.options, mask, samples[i]), errors);
+    const CutAttention cut(*alone, input, subject.options, mask, row_cut(input, samples[i]));
+    compare_rows(subject, input, samples[i], recompute(cut), errors);
   }
   compare_stored(subject, input, ranks, errors);
   errors = worst_of_all(ranks, errors);
 
-  const double allowed = tolerance(subject, input, errors.largest);
+  const GradientErrors gradients =
+      compare_gradients(ranks, *alone, subject.output, input, subject.options, mask);
+
+  const Allowed allowed = allowed_errors(subject, input, errors.largest);
   // A reference of another mask says nothing about this output.
-  if (errors.reference > allowed) errors.stored = -1.0;
-  if (ranks.rank() == 0 && options->json) print_json(subject, errors, allowed);
-  if (ranks.rank() == 0 && !options->json) print_table(subject, input, errors, allowed);
+  if (errors.reference > allowed.output) errors.stored = -1.0;
+  if (ranks.rank() == 0 && options->json) print_json(subject, errors, gradients, allowed);
+  if (ranks.rank() == 0 && !options->json) print_table(subject, input, errors, gradients, allowed);
   // The logarithm of a sum is as exact as the logits, which the products' rounding limits.
   const double found = std::max({errors.outputs, errors.log_sum_exp, errors.stored});
-  require(found <= allowed, ExitCode::bad_data, "verify: {}: error {:.2e}, at most {:.2e} expected",
-          options->output, found, allowed);
+  require(found <= allowed.output, ExitCode::bad_data,
+          "verify: {}: error {:.2e}, at most {:.2e} expected", options->output, found,
+          allowed.output);
+  require(worst_of(gradients) <= allowed.gradient, ExitCode::bad_data,
+          "verify: {}: gradients are {:.2e} of their norm apart, at most {:.2e} expected",
+          options->output, worst_of(gradients), allowed.gradient);
 }
 
 }  // namespace annulus::launch

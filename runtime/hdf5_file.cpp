@@ -4,17 +4,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "runtime/agreement.hpp"
 #include "runtime/hdf5_reader.hpp"
 #include "runtime/hdf5_source.hpp"
 #include "runtime/posix_file.hpp"
+#include "runtime/statement.hpp"
 
 namespace annulus {
 namespace {
+
+// HDF5 keeps a small file's metadata there.
+constexpr std::int64_t kHeadBytes = 65536;
 
 // Refuses a pipe or a folder before anything could hang on it.
 void require_regular_file(const std::string& path) {
@@ -37,6 +43,15 @@ std::int64_t size_of(const FileDescriptor& file, const std::string& path) {
   const bool known = fstat(file.value(), &status) == 0;
   require(known, ExitCode::io, "{}: its size: {}", path, errno_text(errno));
   return status.st_size;
+}
+
+std::uint64_t head_digest_of(const FileDescriptor& file, const std::string& path) {
+  std::string head(static_cast<std::size_t>(std::min(kHeadBytes, size_of(file, path))), '\0');
+  const ssize_t got = pread(file.value(), head.data(), head.size(), 0);
+  require(got == static_cast<ssize_t>(head.size()), ExitCode::io,
+          "{}: {} of its first {} bytes can be read: {}", path, got, head.size(),
+          errno_text(errno));
+  return digest(head);
 }
 
 void ask(const Hdf5Source& source, const Hdf5Questions& questions, Hdf5Table& table) {
@@ -65,7 +80,9 @@ struct Hdf5File::State {
   explicit State(const std::string& name) : path(name), file(open_to_read(name)) {}
 
   Hdf5Table found_by(const Hdf5Walk& walk) const {
-    return walk_hdf5(file.value(), path, size_of(file, path), walk);
+    Hdf5Table found = walk_hdf5(file.value(), path, size_of(file, path), walk);
+    found.head_digest = head_digest_of(file, path);
+    return found;
   }
 
   void answer(const Hdf5Questions& questions) const {
@@ -81,7 +98,11 @@ struct Hdf5File::State {
     table = Hdf5Table::decode(found, path);
     const std::int64_t bytes = size_of(file, path);
     require(bytes == table.file_bytes, ExitCode::bad_data,
-            "{}: has {} bytes here, {} where it was looked at", path, bytes, table.file_bytes);
+            "{}: has {} bytes here, {} on rank 0; give all ranks the same file", path, bytes,
+            table.file_bytes);
+    require(head_digest_of(file, path) == table.head_digest, ExitCode::bad_data,
+            "{}: is another file here than on rank 0: of the same {} bytes, the first {} differ",
+            path, bytes, std::min(kHeadBytes, bytes));
   }
 };
 

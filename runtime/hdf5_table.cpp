@@ -123,6 +123,7 @@ Hdf5Answer<Value> take_answer(ByteReader& reader) {
 std::vector<std::byte> Hdf5Table::encode() const {
   ByteWriter writer;
   writer.put(file_bytes);
+  writer.put(head_digest);
   writer.put(static_cast<std::uint64_t>(datasets.size()));
   for (const auto& [name, answer] : datasets) {
     writer.put_text(name);
@@ -144,6 +145,7 @@ Hdf5Table Hdf5Table::decode(std::span<const std::byte> bytes, const std::string&
   ByteReader reader(bytes, file + ": what its probe found");
   Hdf5Table table;
   table.file_bytes = reader.take<std::int64_t>();
+  table.head_digest = reader.take<std::uint64_t>();
   for (std::size_t left = reader.take_count(1); left > 0; --left) {
     const std::string name = reader.take_text();
     auto answer = take_answer<DatasetInfo>(reader);

@@ -32,6 +32,7 @@ struct Hdf5Table {
   using AttributeName = std::pair<std::string, std::string>;  // object, attribute
 
   std::int64_t file_bytes = 0;
+  std::uint64_t head_digest = 0;  // of the file's first bytes, by which ranks know it again
   std::map<std::string, Hdf5Answer<DatasetInfo>> datasets;
   std::map<AttributeName, Hdf5Answer<std::string>> attributes;  // "": there is none
   std::optional<Hdf5Answer<std::vector<std::string>>> paths;    // of all datasets

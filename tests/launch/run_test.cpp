@@ -196,6 +196,60 @@ TEST(Verify, FindsAWrongOutput) {
   EXPECT_EQ(verify.messages().size(), 1U) << verify.err;
 }
 
+TEST(Verify, RecomputesGradientsOfEveryMaskAndOption) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  const std::string output = folder.file("out.h5");
+  QkvFile file;
+  file.query = {2, 61, 6, 32};
+  file.key = file.value = {2, 61, 2, 32};
+  file.extras = true;
+  file.write(input);
+  const std::vector<std::vector<std::string>> cases = {
+      {"--op", "ring", "--documents", "documents", "--layout", "balanced"},
+      {"--op", "ulysses", "--no-causal"},
+      {"--op", "ring", "--sinks", "sinks", "--soft-cap", "3", "--window", "20,4", "--no-causal"},
+      {"--op", "flash", "--dropout", "0.2", "--seed", "11", "--mask", "mask"},
+      {"--op", "flash", "--bias", "bias"},
+      {"--op", "ring", "--dtype", "bf16"},
+  };
+  for (const std::vector<std::string>& arguments : cases) {
+    const std::vector<std::string> common = {"run",           "--input", input,
+                                             "--output",      output,    "--force",
+                                             "--grad-output", "query",   "--backward"};
+    const Outcome run = run_annulus(2, common + arguments);
+    EXPECT_EQ(run.exit_code, 0) << run.err;
+    const Outcome verify = run_annulus(2, {"verify", output, "--input", input, "--json"});
+    EXPECT_EQ(verify.exit_code, 0) << arguments[1] << arguments[2] << "\n"
+                                   << verify.out << verify.err;
+    const nlohmann::json found = nlohmann::json::parse(verify.out);
+    EXPECT_EQ(found.at("rows_grad_query"), 2 * 61 * 6);
+    EXPECT_EQ(found.at("rows_grad_key"), 2 * 61 * 2);
+    EXPECT_EQ(found.at("rows_grad_value"), 2 * 61 * 2);
+  }
+}
+
+TEST(Verify, FindsAWrongGradient) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  const std::string output = folder.file("out.h5");
+  QkvFile().write(input);
+  for (const std::string name : {"query", "key", "value"}) {
+    const Outcome run = run_annulus(2, {"run", "--op", "ring", "--input", input, "--output", output,
+                                        "--force", "--backward", "--grad-output", "query"});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+    const Outcome spoiled =
+        run_program({"python3", "-c",
+                     "import h5py, sys\n"
+                     "h5py.File(sys.argv[1], 'a')['output/grad_' + sys.argv[2]][1, -1] += 0.01\n",
+                     output, name});
+    ASSERT_EQ(spoiled.exit_code, 0) << spoiled.err;
+    const Outcome verify = run_annulus(0, {"verify", output, "--input", input});
+    EXPECT_EQ(verify.exit_code, 65) << name << "\n" << verify.out;
+    EXPECT_NE(verify.err.find("gradients are"), std::string::npos) << verify.err;
+  }
+}
+
 TEST(Ops, ListsEveryOperationWithItsAliases) {
   const Outcome ops = run_annulus(0, {"ops"});
   EXPECT_EQ(ops.exit_code, 0);

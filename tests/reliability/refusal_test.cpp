@@ -2,6 +2,7 @@
 // fit, ranks that each believe to be alone.
 
 #include <atomic>
+#include <filesystem>
 
 #include "reliability/matrix_case.hpp"
 
@@ -18,12 +19,18 @@ TEST(Promise05, RanksThatDisagreeAreRefused) {
   const TemporaryFolder folder;
   const std::string other_input = folder.file("other.h5");
   for (const char* name : {"query", "key", "value"}) write_zeros(other_input, name, {1, 64, 2, 16});
+  const std::string of_same_size = folder.file("same.h5");
+  std::filesystem::copy_file(other_input, of_same_size);
+  std::filesystem::resize_file(of_same_size, std::filesystem::file_size(sample_file()));
   const std::vector<Difference> differences = {
       {{"--causal"}, {"--no-causal"}, "causal"},
       {{"--scale", "0.5"}, {"--scale", "0.25"}, "scale"},
       {{"--dtype", "f32"}, {"--dtype", "bf16"}, "dtype"},
       {{"--window", "64,0"}, {"--window", "32,0"}, "window"},
-      {{"--input", sample_file()}, {"--input", other_input}, "shape|query|seq"},
+      {{"--input", sample_file()},
+       {"--input", other_input},
+       "other.* bytes here, [0-9]+ on rank 0"},
+      {{"--input", of_same_size}, {"--input", sample_file()}, "another file here than on rank 0"},
       {{"--op", "ring"}, {"--op", "ulysses"}, "op is"},
       {{"--layout", "zigzag"}, {"--layout", "contiguous"}, "layout"},
       {{"--soft-cap", "30"}, {}, "soft-cap"},
