@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -11,6 +12,8 @@
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "runtime/checked_gather.hpp"
+#include "runtime/message_digest.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/mpi_window.hpp"
 #include "runtime/operation_log.hpp"
@@ -31,6 +34,14 @@ struct Expected {
   int peer = 0;
   int bytes = 0;
   int tag = 0;
+};
+
+/// A message under way, and the digest that follows its last piece.
+struct Digested {
+  const void* data = nullptr;
+  std::int64_t bytes = 0;
+  int peer = 0;
+  std::uint64_t digest = 0;
 };
 
 class MpiExchange final : public Exchange {
@@ -54,6 +65,17 @@ class MpiExchange final : public Exchange {
     ANNULUS_CHECK_MPI(MPI_Isend(data, bytes, MPI_BYTE, peer, tag, comm, &requests_.back()));
   }
 
+  /// After the message's pieces, before the next message to that peer: the receiver may take them
+  /// in another exchange.
+  void receive_digest(MPI_Comm comm, const Receive& message, int tag) {
+    incoming_.push_back({message.data, message.bytes, message.peer, 0});
+    receive(comm, &incoming_.back().digest, {message.peer, kDigestBytes, tag});
+  }
+  void send_digest(MPI_Comm comm, const Send& message, int tag) {
+    outgoing_.push_back(message_digest(message.data, message.bytes));
+    send(comm, &outgoing_.back(), kDigestBytes, message.peer, tag);
+  }
+
   /// Requests are completed one by one, in order: MPI moves all of them meanwhile, the error of
   /// each is its own, and Open MPI 4.1's MPI_Waitall hangs after a truncated message.
   bool test() override {
@@ -64,6 +86,7 @@ class MpiExchange final : public Exchange {
       if (complete == 0) return false;
       step_.moved(bytes_of(done_));
     }
+    check_arrived();
     return true;
   }
 
@@ -74,9 +97,22 @@ class MpiExchange final : public Exchange {
       check(MPI_Wait(&requests_[done_], &status), status);
       step_.moved(bytes_of(done_));
     }
+    check_arrived();
   }
 
  private:
+  static constexpr int kDigestBytes = sizeof(std::uint64_t);
+  static constexpr double kAbandonSeconds = 1.0;
+
+  /// MPI, the network and memory have checks of their own; what slips through them is seen here.
+  void check_arrived() {
+    for (; !incoming_.empty(); incoming_.pop_front()) {
+      const Digested& message = incoming_.front();
+      require(message.digest == message_digest(message.data, message.bytes), ExitCode::peer,
+              "exchange: {} bytes from rank {} arrived damaged", message.bytes, message.peer);
+    }
+  }
+
   int bytes_of(std::size_t request) const {
     const std::size_t receives = expected_.size();
     return request < receives ? expected_[request].bytes : sent_[request - receives];
@@ -101,18 +137,29 @@ class MpiExchange final : public Exchange {
             expected.tag, expected.bytes, expected.peer, status.MPI_TAG, bytes);
   }
 
-  /// Only a rank that is about to end the job leaves requests behind.
+  /// Only a rank that is about to end the job leaves requests behind. The memory they read and
+  /// write is freed next, and MPI still runs for the report: what is matched already has to come to
+  /// an end, as long as the peer does its part.
   void abandon() noexcept {
+    if (done_ >= requests_.size()) return;
+    for (std::size_t i = done_; i < expected_.size(); ++i) {
+      if (requests_[i] != MPI_REQUEST_NULL) static_cast<void>(MPI_Cancel(&requests_[i]));
+    }
+    const double end = MPI_Wtime() + kAbandonSeconds;
     for (std::size_t i = done_; i < requests_.size(); ++i) {
-      if (requests_[i] == MPI_REQUEST_NULL) continue;
-      if (i < expected_.size()) static_cast<void>(MPI_Cancel(&requests_[i]));
-      static_cast<void>(MPI_Request_free(&requests_[i]));
+      int complete = requests_[i] == MPI_REQUEST_NULL ? 1 : 0;
+      while (complete == 0 && MPI_Wtime() < end) {
+        if (MPI_Test(&requests_[i], &complete, MPI_STATUS_IGNORE) != MPI_SUCCESS) break;
+      }
+      if (complete == 0) static_cast<void>(MPI_Request_free(&requests_[i]));
     }
   }
 
   std::vector<MPI_Request> requests_;
   std::vector<Expected> expected_;
-  std::vector<int> sent_;  // bytes of the sends
+  std::vector<int> sent_;          // bytes of the sends
+  std::deque<Digested> incoming_;  // until they are checked; MPI writes the digests
+  std::deque<std::uint64_t> outgoing_;
   LoggedStep step_;
   std::size_t done_ = 0;  // requests before this one are complete
 };
@@ -176,11 +223,11 @@ std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
   std::int64_t total = 0;
   for (const Receive& receive : receives) {
     peers.push_back(receive.peer);
-    total += receive.bytes;
+    total += receive.bytes + static_cast<std::int64_t>(kDigestBytes);
   }
   for (const Send& send : sends) {
     peers.push_back(send.peer);
-    total += send.bytes;
+    total += send.bytes + static_cast<std::int64_t>(kDigestBytes);
   }
   auto exchange = std::make_unique<MpiExchange>(group_, peers, total);
   const std::int64_t chunk = options_.chunk_bytes;
@@ -192,6 +239,7 @@ std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
       exchange->receive(comm_, static_cast<std::byte*>(receive.data) + begin,
                         {receive.peer, bytes, tag});
     }
+    exchange->receive_digest(comm_, receive, piece_tag(piece++, true));
   }
   for (const Send& send : sends) {
     std::int64_t& piece = sent_pieces_[static_cast<std::size_t>(send.peer)];
@@ -201,6 +249,7 @@ std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
       exchange->send(comm_, static_cast<const std::byte*>(send.data) + begin, bytes, send.peer,
                      tag);
     }
+    exchange->send_digest(comm_, send, piece_tag(piece++, true));
   }
   return exchange;
 }
@@ -212,26 +261,16 @@ void MpiCommunicator::all_gather(std::span<const std::byte> mine, std::span<std:
           all.size());
   const WaitingStep step("all_gather", group_, static_cast<std::int64_t>(mine.size()));
   const auto chunk = static_cast<std::size_t>(options_.chunk_bytes);
-  if (mine.size() <= chunk) {
-    const int bytes = static_cast<int>(mine.size());
-    ANNULUS_CHECK_MPI(
-        MPI_Allgather(mine.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, comm_));
-    return;
-  }
-  // Pieces of all ranks arrive side by side and go to their places.
-  std::vector<std::byte> pieces(chunk * ranks);
-  for (std::size_t begin = 0; begin < mine.size(); begin += chunk) {
+  std::size_t begin = 0;
+  do {  // also for nothing: all ranks have come here
     const std::size_t length = std::min(chunk, mine.size() - begin);
-    const int bytes = static_cast<int>(length);
-    ANNULUS_CHECK_MPI(
-        MPI_Allgather(mine.data() + begin, bytes, MPI_BYTE, pieces.data(), bytes, MPI_BYTE, comm_));
-    for (std::size_t rank = 0; rank < ranks; ++rank) {
-      std::memcpy(all.data() + rank * mine.size() + begin, pieces.data() + rank * length, length);
-    }
-  }
+    checked_all_gather(comm_, mine.subspan(begin, length), all.data() + begin, mine.size());
+    begin += chunk;
+  } while (begin < mine.size());
 }
 
 /// MPI_Allreduce may add in any order; here each rank adds its part of every block in rank order.
+/// Parts travel with their digests.
 void MpiCommunicator::all_reduce_sum(std::span<float> values) {
   const WaitingStep step("all_reduce_sum", group_, static_cast<std::int64_t>(values.size_bytes()));
   const auto ranks = static_cast<std::size_t>(size_);
@@ -239,20 +278,31 @@ void MpiCommunicator::all_reduce_sum(std::span<float> values) {
   const std::size_t part =
       std::max<std::size_t>(1, std::min((values.size() + ranks - 1) / ranks, most));
   const std::size_t block = part * ranks;
-  const int count = static_cast<int>(part);
-  std::vector<float> mine(block);
-  std::vector<float> parts(block);
+  const std::size_t part_bytes = part * sizeof(float);
+  const std::size_t width = part_bytes + kDigestBytes;
+  std::vector<std::byte> mine(width * ranks);
+  std::vector<std::byte> parts(width * ranks);
+  std::vector<float> padded(block);
   std::vector<float> sum(part);
   for (std::size_t begin = 0; begin < values.size(); begin += block) {
     const std::span<float> now = values.subspan(begin, std::min(block, values.size() - begin));
-    std::copy(now.begin(), now.end(), mine.begin());
+    std::copy(now.begin(), now.end(), padded.begin());
+    for (std::size_t rank = 0; rank < ranks; ++rank) {
+      std::memcpy(&mine[rank * width], &padded[rank * part], part_bytes);
+      put_digest(&mine[rank * width], part_bytes);
+    }
+    const int count = static_cast<int>(width);
     ANNULUS_CHECK_MPI(
-        MPI_Alltoall(mine.data(), count, MPI_FLOAT, parts.data(), count, MPI_FLOAT, comm_));
+        MPI_Alltoall(mine.data(), count, MPI_BYTE, parts.data(), count, MPI_BYTE, comm_));
     std::fill(sum.begin(), sum.end(), 0.0F);
-    for (std::size_t i = 0; i < block; ++i) sum[i % part] += parts[i];
-    ANNULUS_CHECK_MPI(
-        MPI_Allgather(sum.data(), count, MPI_FLOAT, mine.data(), count, MPI_FLOAT, comm_));
-    std::copy_n(mine.begin(), now.size(), now.begin());
+    for (std::size_t rank = 0; rank < ranks; ++rank) {
+      check_arrived(&parts[rank * width], part_bytes, static_cast<int>(rank), "all_reduce_sum");
+      const auto* theirs = reinterpret_cast<const float*>(&parts[rank * width]);
+      for (std::size_t i = 0; i < part; ++i) sum[i] += theirs[i];
+    }
+    checked_all_gather(comm_, std::as_bytes(std::span(sum)),
+                       reinterpret_cast<std::byte*>(padded.data()), part_bytes);
+    std::copy_n(padded.begin(), now.size(), now.begin());
   }
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "runtime/checked_gather.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/shared_memory.hpp"
 
@@ -107,13 +108,12 @@ struct MpiWindows::Memory {
     own.emplace(stride);
     std::vector<SharedMemory::Ticket> tickets(static_cast<std::size_t>(node.size()));
     const SharedMemory::Ticket mine = own->ticket();
-    constexpr int kBytes = sizeof mine;
-    ANNULUS_CHECK_MPI(
-        MPI_Allgather(&mine, kBytes, MPI_BYTE, tickets.data(), kBytes, MPI_BYTE, node.comm()));
-    int mapped = own->map(tickets, static_cast<std::size_t>(node.rank())) ? 1 : 0;
-    ANNULUS_CHECK_MPI(MPI_Allreduce(MPI_IN_PLACE, &mapped, 1, MPI_INT, MPI_MIN, node.comm()));
+    checked_all_gather(node.comm(), mine, std::span(tickets));
+    const int mapped = own->map(tickets, static_cast<std::size_t>(node.rank())) ? 1 : 0;
+    std::vector<int> mapped_by_all(tickets.size());
+    checked_all_gather(node.comm(), mapped, std::span(mapped_by_all));
     own->close();
-    if (mapped == 1) {
+    if (std::count(mapped_by_all.begin(), mapped_by_all.end(), 1) == node.size()) {
       for (std::size_t rank = 0; rank < tickets.size(); ++rank) parts.push_back(own->at(rank));
       return;
     }
@@ -189,9 +189,14 @@ std::unique_ptr<Window> MpiWindows::expose(std::int64_t bytes, std::int64_t gran
   const WaitingStep step("window", group_, bytes);
   if (node_ == nullptr) node_ = std::make_unique<Node>(MPI_Comm_f2c(handle_.fortran));
   // An empty part needs an address too: null means another node.
-  std::array<std::int64_t, 2> most{std::max<std::int64_t>(bytes, 1), granule};
-  ANNULUS_CHECK_MPI(
-      MPI_Allreduce(MPI_IN_PLACE, most.data(), 2, MPI_INT64_T, MPI_MAX, node_->comm()));
+  using Wanted = std::array<std::int64_t, 2>;
+  std::vector<Wanted> of_all(static_cast<std::size_t>(node_->size()));
+  checked_all_gather(node_->comm(), Wanted{std::max<std::int64_t>(bytes, 1), granule},
+                     std::span(of_all));
+  Wanted most{};
+  for (const Wanted& one : of_all) {
+    most = {std::max(most[0], one[0]), std::max(most[1], one[1])};
+  }
   return std::make_unique<SharedWindow>(*node_, memory_for(most[0], most[1]));
 }
 

@@ -16,11 +16,13 @@
 #include <list>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "runtime/checked_gather.hpp"
 #include "runtime/flight_recorder.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/operation_log.hpp"
@@ -186,11 +188,10 @@ class Watchdog::Thread {
     ANNULUS_CHECK_MPI(MPI_Comm_size(comm, &size));
     std::array<char, 64> mine{};
     copy_text(identity_from_environment().host, mine);
-    std::vector<char> all(mine.size() * static_cast<std::size_t>(size));
-    ANNULUS_CHECK_MPI(MPI_Allgather(mine.data(), static_cast<int>(mine.size()), MPI_CHAR,
-                                    all.data(), static_cast<int>(mine.size()), MPI_CHAR, comm));
+    std::vector<std::array<char, 64>> all(static_cast<std::size_t>(size));
+    checked_all_gather(comm, mine, std::span(all));
     std::vector<std::string> hosts;
-    for (std::size_t at = 0; at < all.size(); at += mine.size()) hosts.emplace_back(&all[at]);
+    for (const auto& host : all) hosts.emplace_back(host.data());
     return hosts;
   }
 

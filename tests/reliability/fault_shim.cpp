@@ -10,10 +10,11 @@
 //   F_FILE_SIZE=100000  a limit on the size of files from the first such call on
 //   F_ALLOCATION=5  the same for allocations of at least F_BYTES (default 65536) outside of
 //                   MPI's own calls; it fails
-//   F_ACT=kill|torn|stop|term|segv|delay|jitter|ENOSPC|EIO|EFBIG; torn: SIGKILL after half a write,
-//                   or right after another call that changes files
+//   F_ACT=kill|torn|stop|term|segv|delay|jitter|flip|ENOSPC|EIO|EFBIG; torn: SIGKILL after half a
+//                   write, or right after another call that changes files; flip: one bit of
+//                   the first message, sent or received, that this call of MPI or a later one has
 //   F_DELAY_MS=100  how long delay sleeps; jitter sleeps a random part of it at every call
-//   F_SEED=1        of jitter
+//   F_SEED=1        of jitter, and of the bit that flips
 //   F_ONCE=FILE     only the first time: the fault makes this file
 //   F_AT=FILE       gets the nanoseconds of the steady clock at which the fault happened
 //   F_READY=FILE    FILE.RANK appears at the fifth call of MPI
@@ -171,7 +172,52 @@ void before_call() {
   if (count == 5) announce();
   if (!plan.here) return;
   if (is("jitter")) return sleep_ms(rand_r(&plan.seed) % (plan.delay_ms + 1));
-  if (count == plan.call) act();
+  if (count == plan.call && !is("flip")) act();
+}
+
+bool flipped = false;
+
+/// Whether the call at hand, counted already, damages its message if it has one.
+bool flips() {
+  return ready && plan.here && is("flip") && !flipped && calls >= plan.call && gettid() == getpid();
+}
+
+/// Flips a bit between bytes `begin` and `end`, unless there are none.
+void flip_a_bit(void* data, std::size_t begin, std::size_t end) {
+  if (begin >= end) return;
+  const std::size_t bit = (static_cast<std::size_t>(rand_r(&plan.seed)) << 20 ^
+                           static_cast<std::size_t>(rand_r(&plan.seed))) %
+                          ((end - begin) * 8);
+  static_cast<unsigned char*>(data)[begin + bit / 8] ^= static_cast<unsigned char>(1 << bit % 8);
+  flipped = true;
+  note_time();
+}
+
+/// A copy of a message with one bit flipped, kept as long as the process: what the sender holds
+/// stays right.
+const void* damaged(const void* data, std::size_t bytes) {
+  void* copy = std::malloc(bytes + 1);
+  std::memcpy(copy, data, bytes);
+  flip_a_bit(copy, 0, bytes);
+  return copy;
+}
+
+std::size_t bytes_of(int count, MPI_Datatype type) {
+  int size = 0;
+  PMPI_Type_size(type, &size);
+  return static_cast<std::size_t>(count) * static_cast<std::size_t>(size);
+}
+
+/// Flips a bit of what came from other ranks, `bytes` from each of them in rank order.
+void flip_received(void* data, std::size_t bytes, MPI_Comm comm) {
+  int rank = 0;
+  int ranks = 1;
+  PMPI_Comm_rank(comm, &rank);
+  PMPI_Comm_size(comm, &ranks);
+  const int other = (rank + 1) % ranks;
+  if (other == rank) return;
+  flip_a_bit(data, static_cast<std::size_t>(other) * bytes,
+             static_cast<std::size_t>(other + 1) * bytes);
 }
 
 bool is_below_folder(int file) {
@@ -278,31 +324,53 @@ FORWARD(MPI_Comm_split_type, (MPI_Comm comm, int type, int key, MPI_Info info, M
 FORWARD(MPI_Comm_free, (MPI_Comm * comm), (comm))
 FORWARD(MPI_Barrier, (MPI_Comm comm), (comm))
 FORWARD(MPI_Ibarrier, (MPI_Comm comm, MPI_Request* request), (comm, request))
-FORWARD(MPI_Allgather,
-        (const void* from, int count, MPI_Datatype type, void* to, int to_count,
-         MPI_Datatype to_type, MPI_Comm comm),
-        (from, count, type, to, to_count, to_type, comm))
-FORWARD(MPI_Allreduce,
-        (const void* from, void* to, int count, MPI_Datatype type, MPI_Op op, MPI_Comm comm),
-        (from, to, count, type, op, comm))
-FORWARD(MPI_Alltoall,
-        (const void* from, int count, MPI_Datatype type, void* to, int to_count,
-         MPI_Datatype to_type, MPI_Comm comm),
-        (from, count, type, to, to_count, to_type, comm))
 FORWARD(MPI_Irecv,
         (void* to, int count, MPI_Datatype type, int from, int tag, MPI_Comm comm,
          MPI_Request* request),
         (to, count, type, from, tag, comm, request))
-FORWARD(MPI_Isend,
-        (const void* from, int count, MPI_Datatype type, int to, int tag, MPI_Comm comm,
-         MPI_Request* request),
-        (from, count, type, to, tag, comm, request))
 FORWARD(MPI_Wait, (MPI_Request * request, MPI_Status* status), (request, status))
 FORWARD(MPI_Win_allocate_shared,
         (MPI_Aint bytes, int unit, MPI_Info info, MPI_Comm comm, void* data, MPI_Win* window),
         (bytes, unit, info, comm, data, window))
 FORWARD(MPI_Win_free, (MPI_Win * window), (window))
 
+// Calls with a message that a fault may damage.
+#define FORWARD_MESSAGE(name, parameters, arguments, damage) \
+  int name parameters {                                      \
+    before_call();                                           \
+    ++calls_of_mpi;                                          \
+    const int code = P##name arguments;                      \
+    --calls_of_mpi;                                          \
+    if (flips()) damage;                                     \
+    return code;                                             \
+  }
+
+FORWARD_MESSAGE(MPI_Allgather,
+                (const void* from, int count, MPI_Datatype type, void* to, int to_count,
+                 MPI_Datatype to_type, MPI_Comm comm),
+                (from, count, type, to, to_count, to_type, comm),
+                flip_received(to, bytes_of(to_count, to_type), comm))
+FORWARD_MESSAGE(MPI_Alltoall,
+                (const void* from, int count, MPI_Datatype type, void* to, int to_count,
+                 MPI_Datatype to_type, MPI_Comm comm),
+                (from, count, type, to, to_count, to_type, comm),
+                flip_received(to, bytes_of(to_count, to_type), comm))
+FORWARD_MESSAGE(MPI_Allreduce,
+                (const void* from, void* to, int count, MPI_Datatype type, MPI_Op op,
+                 MPI_Comm comm),
+                (from, to, count, type, op, comm), flip_a_bit(to, 0, bytes_of(count, type)))
+
+int MPI_Isend(const void* from, int count, MPI_Datatype type, int to, int tag, MPI_Comm comm,
+              MPI_Request* request) {
+  before_call();
+  const void* sent = flips() ? damaged(from, bytes_of(count, type)) : from;
+  ++calls_of_mpi;
+  const int code = PMPI_Isend(sent, count, type, to, tag, comm, request);
+  --calls_of_mpi;
+  return code;
+}
+
+#undef FORWARD_MESSAGE
 #undef FORWARD
 
 // ---- files --------------------------------------------------------------------------------------
