@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "kernels/attention.hpp"
@@ -53,6 +54,19 @@ void order(Stream earlier, Stream later);
 /// One of the ready words gets `value` when all that `stream` holds now is done; no kernel is
 /// needed for it.
 void write_word(std::uint32_t* word, std::uint32_t value, Stream stream);
+
+/// A point of a stream, whose time is known once the stream has passed it.
+class StreamMark {
+ public:
+  /// After all that `stream` holds now.
+  explicit StreamMark(Stream stream);
+  /// Nanoseconds of the host's steady clock, to some microseconds; waits for the point.
+  std::int64_t wait_ns() const;
+
+ private:
+  struct Point;
+  std::shared_ptr<const Point> point_;
+};
 
 /// Backends for device tensors, in order of preference.
 std::span<const AttentionBackend> backends();

@@ -47,6 +47,9 @@ ReadyWords next_ready_words() { absent(); }
 Stream side_stream() { absent(); }
 void order(Stream /*earlier*/, Stream /*later*/) { absent(); }
 void write_word(std::uint32_t* /*word*/, std::uint32_t /*value*/, Stream /*stream*/) { absent(); }
+struct StreamMark::Point {};
+StreamMark::StreamMark(Stream /*stream*/) { absent(); }
+std::int64_t StreamMark::wait_ns() const { absent(); }
 std::span<const AttentionBackend> backends() { return {}; }
 std::span<const DecodeBackend> decode_backends() { return {}; }
 void append_to_cache(const CacheAppend& /*call*/) { absent(); }

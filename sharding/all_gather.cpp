@@ -112,7 +112,7 @@ class HeadFeeds {
 
 void all_gather_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
                         const ExecuteOptions& options) {
-  ExecutionAccounting accounting(ranks, options);
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
   HeadFeeds feeds(ranks, plan, local.problem, options, local.stream);
   std::int64_t state_bytes = 0;
   for (std::int64_t head = 0; head < local.problem.kv_heads(); ++head) {
@@ -140,7 +140,7 @@ void all_gather_forward(Communicator& ranks, const AttentionPlan& plan, const Fo
 
 void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const BackwardCall& local,
                          const ExecuteOptions& options) {
-  ExecutionAccounting accounting(ranks, options);
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
   HeadFeeds feeds(ranks, plan, local.problem, options, local.stream);
   const Stage* stage = feeds.stage();
   const bool returns = stage != nullptr && stage->number > 0;

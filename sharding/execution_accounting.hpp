@@ -7,8 +7,19 @@ namespace annulus {
 /// Collects what an execution costs besides its computation, and adds it to the caller's report.
 class ExecutionAccounting {
  public:
-  ExecutionAccounting(const Communicator& ranks, const ExecuteOptions& options)
-      : ranks_(ranks), options_(options), bytes_before_(ranks.bytes_sent()) {}
+  /// What is recorded meanwhile is done by `stream` where the problem lies on a device.
+  ExecutionAccounting(const Communicator& ranks, const ExecuteOptions& options,
+                      const AttentionProblem& problem, Stream stream)
+      : ranks_(ranks), options_(options), bytes_before_(ranks.bytes_sent()) {
+    if (options_.recorder != nullptr) {
+      clock_before_ = options_.recorder->follow({problem.q.device, stream});
+    }
+  }
+  ~ExecutionAccounting() {
+    if (options_.recorder != nullptr) options_.recorder->follow(clock_before_);
+  }
+  ExecutionAccounting(const ExecutionAccounting&) = delete;
+  ExecutionAccounting& operator=(const ExecutionAccounting&) = delete;
 
   double& exposed_seconds() { return exposed_seconds_; }
   void add_bytes_in_place(std::int64_t bytes) { bytes_in_place_ += bytes; }
@@ -27,6 +38,7 @@ class ExecutionAccounting {
   std::int64_t bytes_before_;
   double exposed_seconds_ = 0.0;
   std::int64_t bytes_in_place_ = 0;
+  StageRecorder::Clock clock_before_;
 };
 
 }  // namespace annulus

@@ -150,7 +150,7 @@ int find_node_ranks(Communicator& ranks) {
 void hybrid_forward(HybridRanks& ranks, const AttentionPlan& plan, const ForwardCall& local,
                     const ExecuteOptions& options) {
   if (plan.head_ranks() == 1) return ring_forward(ranks.groups(), plan, local, options);
-  ExecutionAccounting accounting(ranks.heads(), options);
+  ExecutionAccounting accounting(ranks.heads(), options, local.problem, local.stream);
   HeadExchange exchange(ranks.heads(), plan, local.stream);
   ForwardCall inner = local;
   std::int64_t buffer_bytes = 0;
@@ -193,7 +193,7 @@ void hybrid_forward(HybridRanks& ranks, const AttentionPlan& plan, const Forward
 void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const BackwardCall& local,
                      const ExecuteOptions& options) {
   if (plan.head_ranks() == 1) return ring_backward(ranks.groups(), plan, local, options);
-  ExecutionAccounting accounting(ranks.heads(), options);
+  ExecutionAccounting accounting(ranks.heads(), options, local.problem, local.stream);
   HeadExchange exchange(ranks.heads(), plan, local.stream);
   std::int64_t buffer_bytes = 0;
   {

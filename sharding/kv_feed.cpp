@@ -216,7 +216,7 @@ void KvFeed::start(const Stage& stage) {
     }
   }
   if (!sends.empty() || !receives.empty()) {
-    if (recorder_ != nullptr) slot.begin_ns = record_clock_ns();
+    if (recorder_ != nullptr) slot.begin = recorder_->now();
     slot.exchange = ranks_.exchange(sends, receives, stream_);
   }
 }
@@ -225,13 +225,23 @@ void KvFeed::wait(const Stage& stage, Stream stream) {
   Slot& slot = slot_of(stage);
   if (slot.exchange != nullptr) {
     slot.exchange->wait(stream);
-    if (recorder_ != nullptr) {
-      recorder_->add({StageRecord::Kind::transfer, stage.number, -1, received_bytes(stage),
-                      slot.begin_ns, record_clock_ns()});
-    }
+    if (recorder_ != nullptr) record_transfer(stage);
   }
   slot.exchange.reset();
   if (stage.number > 0 && !in_place(stage)) copy_readable(stage);
+}
+
+// On a device by a stream that has nothing else to do than to wait for the rows.
+void KvFeed::record_transfer(const Stage& stage) {
+  Slot& slot = slot_of(stage);
+  StageMoment end;
+  if (k_.device == Device::cuda) {
+    const Stream side = kernels::cuda::side_stream();
+    slot.exchange->wait(side);
+    end = StageMoment(side);
+  }
+  recorder_->add({StageRecord::Kind::transfer, stage.number, -1, received_bytes(stage), 0, 0},
+                 std::move(slot.begin), std::move(end));
 }
 
 void KvFeed::progress() {

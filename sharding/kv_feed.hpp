@@ -75,7 +75,7 @@ class KvFeed {
     Buffer memory;
     KvViews views;
     std::unique_ptr<Exchange> exchange;
-    std::int64_t begin_ns = 0;  // of the exchange, where it is recorded
+    StageMoment begin;  // of the exchange, where it is recorded
   };
 
   /// Makes the rows that peers want readable for those of them that can read. Collective.
@@ -98,6 +98,7 @@ class KvFeed {
   }
   std::int64_t bytes_of(const Stage& stage, bool in_place) const;
   void prepare_buffer(const Stage& stage);
+  void record_transfer(const Stage& stage);
   void copy_readable(const Stage& stage);
 
   Communicator& ranks_;

@@ -49,7 +49,7 @@ int peer_of(const Stage& stage) {
 void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
                   const ExecuteOptions& options) {
   if (forward_in_one_launch(ranks, plan, local, options)) return;
-  ExecutionAccounting accounting(ranks, options);
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
   const Schedule schedule(plan);
   const AttentionProblem& problem = local.problem;
   KvFeed feed = [&] {
@@ -90,7 +90,7 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
 
 void ring_backward(Communicator& ranks, const AttentionPlan& plan, const BackwardCall& local,
                    const ExecuteOptions& options) {
-  ExecutionAccounting accounting(ranks, options);
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
   const Schedule schedule(plan);
   const AttentionProblem& problem = local.problem;
   KvFeed feed = [&] {

@@ -33,7 +33,7 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   const AttentionProblem& problem = local.problem;
   const std::span<const Stage> stages = plan.stages();
   const int numbers = stages.back().number + 1;
-  ExecutionAccounting accounting(ranks, options);
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
   const kernels::cuda::ReadyWords ready = kernels::cuda::next_ready_words();
   KvFeed feed(ranks, plan, problem.k, problem.v, options, local.stream, KvFeed::Reading::stages,
               numbers);
@@ -65,6 +65,7 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   }
   {
     const ScopedTimer timer(compute_seconds(options));
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute);  // all stages
     kernels::cuda::forward_segments(local, segments);
   }
   kernels::cuda::order(side, local.stream);  // the buffers end after both

@@ -28,4 +28,14 @@ std::int64_t record_clock_ns() {
       .count();
 }
 
+std::vector<StageRecord> StageRecorder::records() const {
+  std::vector<StageRecord> records;
+  for (const Span& span : spans_) {
+    records.push_back(span.record);
+    records.back().begin_ns = span.begin.ns();
+    records.back().end_ns = span.end.ns();
+  }
+  return records;
+}
+
 }  // namespace annulus

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -161,6 +162,30 @@ TEST_F(DeviceMemory, CopiesAndAddsPartsOfTensors) {
     move(read.of(from.host), written.of(to.host), {});
     move(read.of(from.device), written.of(to.device), {});
     to.expect_equal();
+  }
+}
+
+// A fill of 1 GiB takes a third of a millisecond on an H100; the host's clock is met to some
+// microseconds where nothing takes the processor away, so that much less is asked for.
+TEST_F(DeviceMemory, MarksOfAStreamLieOnTheHostsClock) {
+  constexpr std::int64_t kSlackNs = 100'000;
+  const auto host_ns = [] {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  };
+  const Buffer memory(Device::cuda, std::int64_t{1} << 30);
+  synchronize(Device::cuda, {});
+  for (int round = 0; round < 5; ++round) {
+    const std::int64_t begin = host_ns();
+    const kernels::cuda::StreamMark first({});
+    fill_bytes(memory.data(), Device::cuda, round, memory.bytes());
+    const kernels::cuda::StreamMark second({});
+    const std::int64_t ended = second.wait_ns();
+    const std::int64_t end = host_ns();
+    EXPECT_GT(first.wait_ns(), begin - kSlackNs);
+    EXPECT_GT(ended - first.wait_ns(), 100'000);  // 10 TB/s
+    EXPECT_LT(ended, end + kSlackNs);
   }
 }
 
