@@ -69,13 +69,17 @@ Rates default_rates(Device device) {
     rates.node_ranks = 1 << 20;
     return rates;
   }
-  rates.forward_flops = 6.3e14;
-  rates.backward_flops = 5.3e14;
-  rates.copy_bandwidth = 1.4e12;
-  rates.node_bandwidth = 4e11;
+  rates.forward_flops = 7.2e14;
+  rates.backward_flops = 5.1e14;
+  rates.forward_uneven_seconds = 1.4e-10;
+  rates.backward_uneven_seconds = 6.8e-9;
+  rates.copy_bandwidth = 1.15e12;
+  rates.node_bandwidth = 2.5e11;
   rates.network_bandwidth = 4.5e10;
   rates.latency_seconds = 1e-5;
+  rates.call_seconds = 2.3e-5;
   rates.node_ranks = 8;
+  rates.one_launch = true;
   return rates;
 }
 
