@@ -68,6 +68,12 @@ std::unique_ptr<Exchange> Communicator::exchange(std::span<const Send> sends,
   return under_way;
 }
 
+Communicator& Communicator::part(const std::string& name, int color, int key) {
+  std::unique_ptr<Communicator>& kept = parts_[name];
+  if (kept == nullptr) kept = split(color, key);
+  return *kept;
+}
+
 void Communicator::barrier() {
   const std::byte mine{1};
   std::vector<std::byte> all(static_cast<std::size_t>(size()));

@@ -2,8 +2,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "kernels/types.hpp"
 
@@ -72,6 +74,9 @@ class Communicator {
   virtual int size() const = 0;
   /// Ranks of one colour form a new group, ordered by `key`.
   virtual std::unique_ptr<Communicator> split(int color, int key) = 0;
+  /// What split() gives, made at the first call with this `name` and kept as long as this group: a
+  /// split costs a collective call and its windows their pages. All ranks give the same name.
+  Communicator& part(const std::string& name, int color, int key);
   /// Concatenates equal-sized contributions of host memory in rank order.
   virtual void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) = 0;
   /// Sums fp32 over the ranks in rank order, the same bits everywhere.
@@ -98,6 +103,7 @@ class Communicator {
   Device device_;
   Carrier carrier_;
   std::int64_t bytes_sent_ = 0;
+  std::map<std::string, std::unique_ptr<Communicator>> parts_;
 };
 
 }  // namespace annulus

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -123,15 +124,16 @@ class ExchangedProblem {
 
 HybridRanks::HybridRanks(Communicator& ranks, int head_ranks) : heads_(&ranks), groups_(&ranks) {
   if (head_ranks == ranks.size()) {
-    groups_owned_ = std::make_unique<SoloCommunicator>(ranks.device());
+    alone_ = std::make_unique<SoloCommunicator>(ranks.device());
+    groups_ = alone_.get();
   } else if (head_ranks == 1) {
-    heads_owned_ = std::make_unique<SoloCommunicator>(ranks.device());
+    alone_ = std::make_unique<SoloCommunicator>(ranks.device());
+    heads_ = alone_.get();
   } else {
-    heads_owned_ = ranks.split(ranks.rank() / head_ranks, ranks.rank());
-    groups_owned_ = ranks.split(ranks.rank() % head_ranks, ranks.rank());
+    const std::string by = " by " + std::to_string(head_ranks);
+    heads_ = &ranks.part("heads" + by, ranks.rank() / head_ranks, ranks.rank());
+    groups_ = &ranks.part("groups" + by, ranks.rank() % head_ranks, ranks.rank());
   }
-  if (heads_owned_ != nullptr) heads_ = heads_owned_.get();
-  if (groups_owned_ != nullptr) groups_ = groups_owned_.get();
 }
 
 int find_node_ranks(Communicator& ranks) {

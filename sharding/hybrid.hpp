@@ -6,19 +6,19 @@
 
 namespace annulus {
 
-/// The two groups that a rank of a hybrid plan belongs to. Splitting costs a collective call each:
-/// make them once for a communicator and use them for every attention over it.
+/// The two groups that a rank of a hybrid plan belongs to: parts of the communicator, which keeps
+/// them for every attention over it.
 class HybridRanks {
  public:
   /// `head_ranks` consecutive ranks exchange heads; those with the same place exchange KV.
+  /// Collective the first time for these numbers.
   HybridRanks(Communicator& ranks, int head_ranks);
 
   Communicator& heads() { return *heads_; }
   Communicator& groups() { return *groups_; }
 
  private:
-  std::unique_ptr<Communicator> heads_owned_;
-  std::unique_ptr<Communicator> groups_owned_;
+  std::unique_ptr<Communicator> alone_;
   Communicator* heads_;
   Communicator* groups_;
 };

@@ -26,6 +26,7 @@ TEST_P(MpiCommunicatorTest, DoesWhatEveryCommunicatorMust) {
   check_all_reduce_sum(*c, 1);
   check_all_reduce_sum(*c, 4321);
   check_split(*c);
+  check_part(*c);
   check_window(*c);
   c->barrier();
 }

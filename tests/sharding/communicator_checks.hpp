@@ -113,6 +113,20 @@ inline void check_split(Communicator& c) {
   check_all_reduce_sum(*part, 5);
 }
 
+/// A part is made once for its name.
+inline void check_part(Communicator& c) {
+  Communicator& part = c.part("parity", c.rank() % 2, c.rank());
+  ASSERT_EQ(part.size(), (c.size() + 1 - c.rank() % 2) / 2);
+  EXPECT_EQ(part.rank(), c.rank() / 2);
+  check_exchanges_in_flight(part, 2);
+  // Ranks that would all have to come to a split come to none.
+  if (c.rank() == 0) {
+    EXPECT_EQ(&c.part("parity", 0, 0), &part);
+  }
+  EXPECT_NE(&c.part("all", 0, c.rank()), &part);
+  EXPECT_EQ(c.part("all", 0, c.rank()).size(), c.size());
+}
+
 /// Peers read one's memory in place, again after each fence.
 inline void check_window(Communicator& c) {
   const std::unique_ptr<Window> window = c.expose(4 * static_cast<std::int64_t>(sizeof(int)));

@@ -25,6 +25,7 @@ TEST_P(ThreadCommunicatorTest, DoesWhatEveryCommunicatorMust) {
                 check_all_reduce_sum(c, 1);
                 check_all_reduce_sum(c, 777);
                 check_split(c);
+                check_part(c);
                 check_window(c);
                 c.barrier();
               },
