@@ -175,14 +175,14 @@ class DecodeConsumer {
       if (whole) {
         write_row<Element>(params_, unit, o, row, at, max, sum, 0);
       } else if (at < unit.rows) {
-        write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum);
+        write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum, 0);
       }
     }
     if (whole) {
       named_barrier_sync(kBarrier, kThreads);  // Q is read; the next unit's may come
     } else if (arrive_last(params_, unit, lane_, &shared_.is_last, kBarrier, kThreads,
                            thread_ == 0)) {
-      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, 0, thread_, kThreads);
+      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_, kThreads);
     }
   }
 

@@ -16,7 +16,7 @@ struct DecodeRow {
     const int at = unit.first_row + row;
     const int query = at / p.pack;
     token = unit.query_begin + query;
-    head = unit.part / p.column_parts * p.pack + at - query * p.pack;
+    head = unit.part * p.pack + at - query * p.pack;
   }
   __device__ std::int64_t offset(const TokenStrides& strides) const {
     return token * strides.token + head * strides.head;
@@ -83,18 +83,21 @@ __device__ inline std::int64_t partial_slot(const DecodeParams& p, const DecodeU
   return 2 * block + (piece == 0 ? 1 : 0);
 }
 
+/// __threadfence() without its sequential consistency.
+__device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 /// Whether this thread block is the last of the unit's to arrive, once `threads` of it, one of them
 /// the leader, have written their parts. The counter is then back at 0 for the next launch.
 __device__ inline bool arrive_last(const DecodeParams& p, const DecodeUnit& unit, int lane,
                                    std::int32_t* flag, int barrier, int threads, bool leader) {
-  __threadfence();
+  fence_device();
   named_barrier_sync(barrier, threads);
   if (leader) {
     unsigned* counter = p.arrivals + std::int64_t{unit.first_group} * p.lanes + lane;
     const bool last = atomicAdd(counter, 1U) + 1 == static_cast<unsigned>(unit.pieces);
     if (last) *counter = 0;
     *flag = last ? 1 : 0;
-    __threadfence();
+    fence_device();
   }
   named_barrier_sync(barrier, threads);
   return *flag != 0;
@@ -115,51 +118,73 @@ __device__ inline void write_four(const DecodeParams& p, const DecodeRow& row, i
   }
 }
 
-/// Merges the pieces in their order, whoever does it: the same bits each time. The kValueDim
-/// columns of this part begin at `first_column` of the output.
+/// Four columns of a row, merged so far.
+struct MergedRow {
+  float max = -INFINITY;
+  float sum = 0.0F;
+  float4 o = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+
+  __device__ void add(const float2& statistics, const float4& values) {
+    if (statistics.x == -INFINITY) return;
+    const float both = fmaxf(max, statistics.x);
+    const float kept = exp2_approx(max - both);
+    const float weight = exp2_approx(statistics.x - both);
+    max = both;
+    sum = sum * kept + statistics.y * weight;
+    o.x = o.x * kept + values.x * weight;
+    o.y = o.y * kept + values.y * weight;
+    o.z = o.z * kept + values.z * weight;
+    o.w = o.w * kept + values.w * weight;
+  }
+};
+
+template <int kValueDim>
+__device__ inline MergedRow merge_row(const DecodeParams& p, const DecodeUnit& unit, int lane,
+                                      int row, int column) {
+  constexpr int kAtOnce = 8;  // loads under way: the whole launch waits for this
+  MergedRow merged;
+#pragma unroll 1
+  for (int first = 0; first < unit.pieces; first += kAtOnce) {
+    float2 statistics[kAtOnce];
+    float4 values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int piece = min(first + i, unit.pieces - 1);
+      const std::int64_t at = partial_slot(p, unit, lane, piece) * p.tile_rows + row;
+      statistics[i] = __ldcg(p.partial_statistics + at);
+      values[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_o + at * kValueDim + column));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < unit.pieces) merged.add(statistics[i], values[i]);
+    }
+  }
+  return merged;
+}
+
+/// Merges the pieces in their order, whoever does it: the same bits each time.
 template <typename Element, int kValueDim>
 __device__ inline void merge_pieces(const DecodeParams& p, const DecodeUnit& unit, int lane,
-                                    int first_column, int thread, int threads) {
+                                    int thread, int threads) {
   constexpr int kFours = kValueDim / 4;
   for (int i = thread; i < unit.rows * kFours; i += threads) {
-    const int row = i / kFours;
     const int column = i % kFours * 4;
-    float max = -INFINITY;
-    float sum = 0.0F;
-    float4 o = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
-#pragma unroll 8
-    for (int piece = 0; piece < unit.pieces; ++piece) {
-      const std::int64_t at = partial_slot(p, unit, lane, piece) * p.tile_rows + row;
-      const float2 part = __ldcg(p.partial_statistics + at);
-      const float4 values =
-          __ldcg(reinterpret_cast<const float4*>(p.partial_o + at * kValueDim + column));
-      if (part.x == -INFINITY) continue;
-      const float both = fmaxf(max, part.x);
-      const float kept = exp2_approx(max - both);
-      const float weight = exp2_approx(part.x - both);
-      max = both;
-      sum = sum * kept + part.y * weight;
-      o.x = o.x * kept + values.x * weight;
-      o.y = o.y * kept + values.y * weight;
-      o.z = o.z * kept + values.z * weight;
-      o.w = o.w * kept + values.w * weight;
-    }
-    const DecodeRow at(p, unit, row);
-    const ClosedRow closed(p, max, sum, at.head);
-    write_four<Element>(p, at, first_column + column, o, closed.factor);
-    if (first_column + column == 0) closed.write_statistics(p, at);
+    const MergedRow merged = merge_row<kValueDim>(p, unit, lane, i / kFours, column);
+    const DecodeRow at(p, unit, i / kFours);
+    const ClosedRow closed(p, merged.max, merged.sum, at.head);
+    write_four<Element>(p, at, column, merged.o, closed.factor);
+    if (column == 0) closed.write_statistics(p, at);
   }
 }
 
-/// This piece's rows, for merge_pieces().
+/// This piece's rows, for merge_pieces(); `column` is where the values in these registers begin.
 template <int kValueDim, int kCount>
 __device__ inline void write_partial(const DecodeParams& p, std::int64_t slot,
                                      const float (&o)[kCount], int row, int local_row, float max2,
-                                     float sum) {
-  static_assert(kCount * 2 == kValueDim);
+                                     float sum, int column) {
   const std::int64_t at = slot * p.tile_rows + local_row;
-  store_row_f32(o, row, 1.0F, p.partial_o + at * kValueDim);
-  if (threadIdx.x % 4 == 0) p.partial_statistics[at] = make_float2(max2, sum);
+  store_row_f32(o, row, 1.0F, p.partial_o + at * kValueDim + column);
+  if (column == 0 && threadIdx.x % 4 == 0) p.partial_statistics[at] = make_float2(max2, sum);
 }
 
 }  // namespace annulus::kernels::sm90

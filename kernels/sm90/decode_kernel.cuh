@@ -8,15 +8,32 @@
 /// Decode attention for Hopper: one block a multiprocessor, a producing and a consuming warpgroup.
 namespace annulus::kernels::sm90 {
 
-template <typename Tile>
-__device__ void init_barriers(DecodeShared<Tile>& shared, int producers) {
-  for (int i = 0; i < Tile::kStages; ++i) {
-    mbarrier_init(&shared.k_full[i], producers);
-    mbarrier_init(&shared.k_empty[i], 4);
-    mbarrier_init(&shared.v_full[i], producers);
-    mbarrier_init(&shared.v_empty[i], 4);
+/// Lets the next launch's blocks come as this one's leave, and waits until all that was launched
+/// before is done and its memory visible.
+__device__ inline void await_earlier_launch() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+/// What every thread block begins with; every thread takes part. Returns the walk of its run.
+template <typename Tile, typename Shared>
+__device__ WorkWalker start_block(const DecodeParams& params, Shared& shared, int lane) {
+  if (threadIdx.x == 0) {
+    const bool gathers = params.box_tokens == 0;
+    if (!gathers) {
+      tma_prefetch_map(&params.k);
+      tma_prefetch_map(&params.v);
+    }
+    shared.init_barriers(gathers ? 128 : 1);
+    fence_barrier_init();
   }
-  fence_barrier_init();
+  await_earlier_launch();
+  deal_work<Tile::kThreads>(params, Tile::kBlock, shared.warp_sums, shared.run);
+  return WorkWalker(params, shared.run, lane, Tile::kBlock);
+}
+
+__device__ inline int warp_of_block() {
+  return __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
 }
 
 template <typename Tile>
@@ -24,36 +41,43 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Tile>*>(memory);
-  const bool gathers = params.box_tokens == 0;
-  if (threadIdx.x == 0) {
-    if (!gathers) {
-      tma_prefetch_map(&params.k);
-      tma_prefetch_map(&params.v);
-    }
-    init_barriers(shared, gathers ? 128 : 1);
-  }
-  deal_work<Tile::kThreads>(params, Tile::kBlock, shared.warp_sums, shared.run);
   const int lane = static_cast<int>(blockIdx.x) % params.lanes;
-  const WorkWalker walker(params, shared.run, lane, Tile::kBlock);
-  const int warp = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
+  const WorkWalker walker = start_block<Tile>(params, shared, lane);
+  const int warp = warp_of_block();
   if (warp >= 4) {
     DecodeConsumer<Tile>(params, shared, lane).run(walker);
-  } else if (gathers) {
+  } else if (params.box_tokens == 0) {
     TokenProducer<Tile>(params, shared).run(walker);
   } else if (warp == 0) {
     BoxProducer<Tile>(params, shared).run(walker);
   }
 }
 
-template <typename Tile>
-void launch_decode_kernel(const DecodeParams& params, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(DecodeShared<Tile>);
+/// Starts a launch's blocks as those of the launch before it leave, which hides what a launch
+/// costs; they wait in await_earlier_launch().
+template <typename Tile, typename Shared>
+void launch_early(void (*kernel)(DecodeParams), const DecodeParams& params, int blocks,
+                  cudaStream_t stream) {
+  constexpr int kBytes = sizeof(Shared);
   static_assert(kBytes <= 227 * 1024);
-  const auto kernel = decode_kernel<Tile>;
   ANNULUS_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, kBytes, stream>>>(params);
-  ANNULUS_CHECK_CUDA(cudaGetLastError());
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = Tile::kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  ANNULUS_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+template <typename Tile>
+void launch_decode_kernel(const DecodeParams& params, int blocks, cudaStream_t stream) {
+  launch_early<Tile, DecodeShared<Tile>>(decode_kernel<Tile>, params, blocks, stream);
 }
 
 template <template <typename> typename Tile>
@@ -63,7 +87,6 @@ DecodeVariant decode_variant(DType dtype) {
           Half::Layout::kColumns,
           Half::Layout::kColumns,
           kWarpgroupRows,
-          1,
           Half::kValueDim,
           dtype == DType::bf16 ? launch_decode_kernel<Tile<__nv_bfloat16>>
                                : launch_decode_kernel<Half>};

@@ -5,50 +5,62 @@
 /// Multi-head latent attention in absorbed form (DeepSeek-V2, section 2.1): one KV head of 512
 /// latent columns, which are the values too, and 64 rotary ones.
 ///
-/// Two thread blocks of a cluster share 128 rows and halve the columns: each loads 256 latent and
-/// 32 rotary columns of a key, once for scores and values, adds up its part of the scores,
-/// exchanges it with its neighbour's, and multiplies the probabilities, which both then have bit
-/// for bit, with its 256 value columns. So no byte is loaded twice, and three stages of 64 keys fit
-/// beside Q.
+/// A thread block has 64 rows, whose O fills half of the registers. So two warpgroups hold a half
+/// of its columns each, left and right, and take the keys in pairs of blocks, of which each scores
+/// one: the left one the first. While one warpgroup is at its softmax the other multiplies. Each
+/// gives the other its probabilities, so that both add both blocks' values to their columns
+/// ("seesaw", FlashMLA, 2025). Two blocks of keys are all that fits beside Q, so each comes and
+/// goes by halves of its columns, and its scores begin when the first box of 64 columns is there.
 namespace annulus::kernels::sm90 {
 
 template <typename Element_>
 struct LatentTile {
   using Element = Element_;
-  static constexpr int kColumns = 256;  // of the latent part, in this block
-  static constexpr int kRotary = 32;
-  static constexpr int kAllColumns = 512;  // in both
+  static constexpr int kValueDim = 512;
+  static constexpr int kHalf = kValueDim / 2;  // a warpgroup's columns of O
+  static constexpr int kHeadDim = 576;
   static constexpr int kBlock = 64;
-  static constexpr int kStages = 3;
-  static constexpr int kWarpgroups = 2;  // consumers, 64 rows each
-  static constexpr int kThreads = 384;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kThreads = 384;  // a producing and two consuming warpgroups
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
   using Layout = SwizzledTile<128>;
-  using RotaryLayout = SwizzledTile<64>;
-  static constexpr int kBoxes = kColumns / Layout::kColumns;
-};
-
-/// A tile of rows of Q or of keys.
-template <typename Tile, int kRows>
-struct LatentRows {
-  typename Tile::Element latent[kRows * Tile::kColumns];
-  typename Tile::Element rotary[kRows * Tile::kRotary];
+  static constexpr int kBoxes = kHeadDim / Layout::kColumns;  // 4 left, 4 right, 1 rotary
+  static constexpr int kLeftBoxes = kHalf / Layout::kColumns;
+  static constexpr int kBoxElements = kBlock * Layout::kColumns;
 };
 
 template <typename Tile>
 struct LatentShared {
-  alignas(1024) LatentRows<Tile, kWarpgroupRows> q[Tile::kWarpgroups];
-  alignas(1024) LatentRows<Tile, Tile::kBlock> k[Tile::kStages];
-  // The neighbour's part of the scores: each thread's fragments from the thread of the same place.
-  alignas(16) float4 scores[Tile::kWarpgroups][Tile::kBlock / 8][128];
+  using Element = typename Tile::Element;
+
+  alignas(1024) Element q[kWarpgroupRows * Tile::kValueDim];  // rotary columns are in registers
+  alignas(1024) Element p[2][kWarpgroupRows * Tile::kBlock];  // of a pair's first, second block
+  alignas(1024) Element k[2][Tile::kBlock * Tile::kHeadDim];
   int2 places[2][Tile::kBlock];
-  DecodeUnit units[Tile::kWarpgroups];  // that the consumers are at
+  float max[2][kWarpgroupRows];  // in use after the pair's first, second block
+  float sum[2][kWarpgroupRows];  // of a warpgroup's own blocks
+  DecodeUnit unit;               // that the consumers are at
+  union Walker {
+    __device__ Walker() {}
+    WorkWalker at;
+  } walker;
   WorkRun run;
   WorkSum warp_sums[Tile::kThreads / 32];
-  std::uint64_t full[Tile::kStages], empty[Tile::kStages];
-  std::uint64_t scores_full[Tile::kWarpgroups], scores_empty[Tile::kWarpgroups];
-  std::int32_t is_last[Tile::kWarpgroups];  // by how many warpgroups ask
+  std::uint64_t full[2][Tile::kBoxes], empty[2][2];
+  std::int32_t more, is_last;
+
+  __device__ void init_barriers(int producers) {
+    for (int block = 0; block < 2; ++block) {
+      for (std::uint64_t& box : full[block]) mbarrier_init(&box, producers);
+      for (std::uint64_t& side : empty[block]) mbarrier_init(&side, 4);
+    }
+  }
 };
+
+/// The second block of a pair may be the next piece's, and is then taken as one of no keys.
+template <typename Tile>
+__device__ inline void end_with_last_block(DecodeUnit& unit) {
+  unit.key_end = min(unit.key_end, unit.load_begin + unit.last_block * Tile::kBlock);
+}
 
 }  // namespace annulus::kernels::sm90

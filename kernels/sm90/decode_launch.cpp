@@ -61,8 +61,7 @@ void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeV
   params.alignment = problem.max_pages() == 1 ? 1 : std::max(params.box_tokens, 1);
   if (params.box_tokens == 0 || params.pages == 0) return;
   params.k = cache_map(problem.k, variant.k_columns, params.box_tokens);
-  params.v = cache_map(variant.column_parts > 1 ? problem.k : problem.v, variant.v_columns,
-                       params.box_tokens);
+  params.v = cache_map(problem.v, variant.v_columns, params.box_tokens);
 }
 
 void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
@@ -95,19 +94,16 @@ void set_parts(DecodeParams& params, const DecodeProblem& problem, const DecodeV
   const std::int64_t pack = group % variant.tile_rows == 0 ? variant.tile_rows : group;
   params.tile_rows = variant.tile_rows;
   params.pack = narrow(pack);
-  params.column_parts = variant.column_parts;
-  params.parts = narrow(problem.q_heads() / pack * variant.column_parts);
-  params.parts_per_kv_head = narrow(group / pack * variant.column_parts);
-  params.lanes = variant.column_parts;
+  params.parts = narrow(problem.q_heads() / pack);
+  params.parts_per_kv_head = narrow(group / pack);
+  params.lanes = 1;
   for (std::int32_t lanes = 2; lanes <= std::min(params.parts, multiprocessors); ++lanes) {
     const int used = multiprocessors / lanes * lanes;
-    if (params.parts % lanes == 0 && lanes % variant.column_parts == 0 &&
-        used * 10 >= multiprocessors * 9) {
-      params.lanes = lanes;
-    }
+    if (params.parts % lanes == 0 && used * 10 >= multiprocessors * 9) params.lanes = lanes;
   }
-  const bool read_once =
-      pack == group && problem.max_rows > 0 && problem.max_rows * pack <= variant.tile_rows;
+  // Parts of one KV head that go side by side read its keys at the same time.
+  const bool read_once = params.parts_per_kv_head <= params.lanes && problem.max_rows > 0 &&
+                         problem.max_rows * pack <= variant.tile_rows;
   params.policy = read_once ? kEvictFirst : kEvictNormal;
 }
 

@@ -14,10 +14,9 @@ namespace annulus::kernels::sm90 {
 struct DecodeVariant {
   int block;      // keys at a time
   int k_columns;  // of a box in shared memory
-  int v_columns;  // where values are part of the keys: of a box of rotary columns
+  int v_columns;
   int tile_rows;
-  int column_parts;  // that the value columns are computed in
-  int value_dim;     // of a part
+  int value_dim;
   void (*launch)(const DecodeParams& params, int blocks, cudaStream_t stream);
 };
 

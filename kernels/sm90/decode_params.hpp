@@ -36,12 +36,11 @@ struct DecodeParams {
   const std::int32_t* page_table;
   std::int32_t sequences, max_pages, page_size, pages;
 
-  // The tile_rows rows of a tile are queries × pack query heads, heads innermost. A pack of heads
-  // is computed in column_parts parts, each of some of the value columns: part p is of pack p /
-  // column_parts and reads KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`:
-  // those of a group go through the same keys at the same time, each for its own part, so that a
-  // token's row is read at once.
-  std::int32_t tile_rows, pack, column_parts, parts, parts_per_kv_head, lanes;
+  // The tile_rows rows of a tile are queries × pack query heads, heads innermost. Part p is pack p
+  // and reads KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`: those of a
+  // group go through the same keys at the same time, each for its own part, so that a token's row
+  // is read at once.
+  std::int32_t tile_rows, pack, parts, parts_per_kv_head, lanes;
 
   // Positions: see CacheDeal and DecodeProblem.
   std::int32_t deal_block, deal_ranks, deal_rank;

@@ -36,6 +36,15 @@ struct DecodeShared {
   std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
   std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
   std::int32_t is_last;
+
+  __device__ void init_barriers(int producers) {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      mbarrier_init(&k_full[i], producers);
+      mbarrier_init(&k_empty[i], 4);
+      mbarrier_init(&v_full[i], producers);
+      mbarrier_init(&v_empty[i], 4);
+    }
+  }
 };
 
 /// Byte offset of a 16-byte chunk of a row in a tile of `rows` rows, as SwizzledTile lays it out.

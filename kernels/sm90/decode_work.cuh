@@ -128,6 +128,12 @@ struct WorkCut {
       groups = static_cast<std::int32_t>((total.units + each - 1) / each);
     } else {
       groups = static_cast<std::int32_t>(total.blocks < most_groups ? total.blocks : most_groups);
+      // Units of one length are cut alike, if that leaves few groups out: none then has two pieces.
+      const std::int64_t alike = most_groups / total.units * total.units;
+      if (total.largest * total.units == total.blocks && alike < groups &&
+          alike * 17 >= groups * 16) {
+        groups = static_cast<std::int32_t>(alike);
+      }
     }
   }
 };

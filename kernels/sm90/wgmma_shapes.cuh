@@ -12,6 +12,8 @@ namespace annulus::kernels::sm90 {
 
 /// shared: D (+)= A·Bᵀ, both K-major in shared memory.
 /// registers: D (+)= A·B, A in registers, B stored [k, n] (N-major) in shared memory.
+/// stored: the same, A in shared memory, K-major.
+/// registers_k_major: D (+)= A·Bᵀ, A in registers, B K-major in shared memory.
 /// transposed: D (+)= AᵀB, A stored [k, m] and B stored [k, n] in shared memory.
 template <typename Element, int kN>
 struct WgmmaShape;
@@ -59,6 +61,15 @@ struct WgmmaShape;
                    : OUT##ACC                                                                  \
                    : "l"(a), "l"(b), "r"(accumulate));                                         \
     }                                                                                          \
+    __device__ static void stored(float (&d)[ACC], std::uint64_t a, std::uint64_t b,           \
+                                  int accumulate) {                                            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                    \
+                   ", 0;\n"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
+                   "}, %" #O0 ", %" #O1 ", p, 1, 1, 0, 1;\n}"                                  \
+                   : OUT##ACC                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate));                                         \
+    }                                                                                          \
     __device__ static void transposed(float (&d)[ACC], std::uint64_t a, std::uint64_t b,       \
                                       int accumulate) {                                        \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                    \
@@ -74,6 +85,15 @@ struct WgmmaShape;
                    ", 0;\n"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
                    "}, {%" #O0 ",%" #O1 ",%" #O2 ",%" #O3 "}, %" #O4 ", p, 1, 1, 1;\n}"        \
+                   : OUT##ACC                                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));     \
+    }                                                                                          \
+    __device__ static void registers_k_major(float (&d)[ACC], const std::uint32_t* a,          \
+                                             std::uint64_t b, int accumulate) {                \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O5                                    \
+                   ", 0;\n"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
+                   "}, {%" #O0 ",%" #O1 ",%" #O2 ",%" #O3 "}, %" #O4 ", p, 1, 1, 0;\n}"        \
                    : OUT##ACC                                                                  \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));     \
     }                                                                                          \
