@@ -35,6 +35,10 @@ ConstTensorView packed(const HostTensor& tensor) {
   return {view.data, view.dtype, Shape{n[0] * n[1], n[2], n[3]}};
 }
 
+Device device_of(const DecodePlace& place) {
+  return place.backend == "cuda" ? Device::cuda : Device::cpu;
+}
+
 class Placer {
  public:
   Placer(Context& context, const OperationMetadata& metadata, const DecodePlace& place)
@@ -47,7 +51,8 @@ class Placer {
       spec[static_cast<std::size_t>(head_dim)] = {"tp", "sp"};
     }
     const TensorLayout layout(whole.shape(), NamedSharding(metadata_.mesh, PartitionSpec(spec)));
-    return spread(whole, layout, context_.rank());
+    const Tensor own = shard_of(whole, layout, context_.rank());
+    return {Tensor::copy_of(own.view(), std::nullopt, device_of(place_)), layout, context_.rank()};
   }
 
  private:
@@ -58,7 +63,8 @@ class Placer {
 
 std::vector<double> values_of(const Tensor& tensor) {
   std::vector<double> values(static_cast<std::size_t>(tensor.shape().elements()));
-  const Tensor wide = Tensor::copy_of(tensor.view(), DType::f32);
+  const Tensor host = Tensor::copy_of(tensor.view(), std::nullopt, Device::cpu);
+  const Tensor wide = Tensor::copy_of(host.view(), DType::f32);
   for (std::size_t i = 0; i < values.size(); ++i) {
     values[i] = static_cast<double>(static_cast<const float*>(wide.view().data)[i]);
   }
@@ -160,9 +166,13 @@ void append_and_write(KeyValueCache& cache, const Step& step, const std::vector<
       cache_heads(cache.options().kv_heads,
                   cache.mesh().size(cache.axes().head))[static_cast<std::size_t>(part)]
           .front();
-  const ConstTensorView offsets(begin.data(), DType::i32, Shape{own.size() + 1});
-  cache.write(offsets, key.view().slice(0, tokens).slice(1, heads),
-              value.view().slice(0, tokens).slice(1, heads));
+  const auto placed = [&](const ConstTensorView& view) {
+    return Tensor::copy_of(view, std::nullopt, cache.device());
+  };
+  const Tensor offsets = placed({begin.data(), DType::i32, Shape{own.size() + 1}});
+  const Tensor new_key = placed(key.view().slice(0, tokens).slice(1, heads));
+  const Tensor new_value = placed(value.view().slice(0, tokens).slice(1, heads));
+  cache.write(offsets.view(), new_key.view(), new_value.view());
 }
 
 Tensor with_batch(const ConstTensorView& view, std::int64_t batch) {
@@ -187,7 +197,7 @@ std::vector<DecodePlace> decode_places(int ranks) {
 }
 
 OperationMetadata decode_metadata(Context& context, const DecodePlace& place, DType dtype) {
-  OperationConfig config{.backend = "cpu"};
+  OperationConfig config{.backend = place.backend, .transport = place.transport};
   config.runtime_dtype = dtype;
   config.mesh = Mesh::parse(place.mesh, context.size());
   return resolve_metadata(context, config);
@@ -212,12 +222,10 @@ std::shared_ptr<KeyValueCache> cache_for(const OperationMetadata& metadata,
   auto cache = std::make_shared<KeyValueCache>(metadata, options);
   // Pages that hold nothing hold NaN.
   for (const TensorView& view : {cache->key(), cache->value()}) {
-    const Tensor nan = [&] {
-      Tensor one(DType::f32, Shape{1});
-      *static_cast<float*>(one.view().data) = std::nanf("");
-      return one;
-    }();
-    copy(ConstTensorView(nan.view().data, DType::f32, view.shape, Shape{0, 0, 0, 0}), view);
+    Tensor nan(view.dtype, view.shape);
+    const float one = std::nanf("");
+    copy(ConstTensorView(&one, DType::f32, view.shape, Shape{0, 0, 0, 0}), nan.view());
+    copy(std::as_const(nan).view(), view);
   }
   return cache;
 }

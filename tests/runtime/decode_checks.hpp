@@ -18,6 +18,8 @@ struct DecodePlace {
   bool split_queries = false;  // heads along tp and sp, or whole on every rank
   std::int64_t page_size = 4;
   std::int64_t block = 0;
+  std::string backend = "cpu";  // with cuda the tensors and the cache lie on the device
+  Transport transport = Transport::automatic;
 };
 
 /// The meshes of so many ranks.
