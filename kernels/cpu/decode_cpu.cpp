@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/cpu/decode_pages.hpp"
+#include "kernels/cpu/decode_tiles.hpp"
 #include "kernels/cpu/parallel.hpp"
 #include "kernels/cpu/state_rows.hpp"
 
@@ -133,6 +134,18 @@ std::string unsupported_dim(const ConstTensorView& view, int dim, std::string_vi
   return {};
 }
 
+std::int64_t block_scratch(const DecodeProblem& problem, std::int64_t queries) {
+  return std::max(decode_pages_scratch(problem, queries), decode_tiles_scratch(problem, queries));
+}
+
+void decode_block(const DecodeProblem& problem, const DecodeBlock& block,
+                  const AttentionState& partial, Scratch& scratch) {
+  const std::int64_t queries = block.queries.size();
+  if (decode_tiles_fit(problem, queries) && decode_tiles(problem, block, partial, scratch)) return;
+  scratch.reserve(decode_pages_scratch(problem, queries));
+  decode_pages(problem, block, partial, scratch);
+}
+
 }  // namespace
 
 std::string decode_unsupported(const DecodeProblem& problem) {
@@ -162,13 +175,13 @@ void decode_forward(const DecodeCall& call) {
   }
   // Not cleared: every part writes all of its own.
   const std::unique_ptr<float[]> states(new float[static_cast<std::size_t>(floats)]);
-  parallel(static_cast<std::int64_t>(parts.size()), decode_pages_scratch(problem, queries),
+  parallel(static_cast<std::int64_t>(parts.size()), block_scratch(problem, queries),
            [&](std::int64_t i, Scratch& scratch) {
              const auto& [task, place] = parts[static_cast<std::size_t>(i)];
              const std::int64_t begin = task->tokens.begin + (i - task->first_part) * part;
              const DecodeBlock block{task->sequence, task->queries,
                                      intersect(task->tokens, {begin, begin + part})};
-             decode_pages(problem, block,
+             decode_block(problem, block,
                           state_at(states.get() + place, task->queries.size(), problem), scratch);
            });
 

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "kernels/cpu/decode_pages.hpp"
+
+namespace annulus::kernels {
+
+/// Whether a block of so many queries has rows enough for a KV head to go to the tile unit.
+bool decode_tiles_fit(const DecodeProblem& problem, std::int64_t queries);
+
+std::int64_t decode_tiles_scratch(const DecodeProblem& problem, std::int64_t queries);
+
+/// decode_pages() on the tile unit, weights rounded to bf16. Returns false, with nothing of worth
+/// in the state, where some value is not finite: 0 times it would not be 0.
+/// @pre decode_tiles_fit(), scratch has room for decode_tiles_scratch()
+bool decode_tiles(const DecodeProblem& problem, const DecodeBlock& block,
+                  const AttentionState& partial, Scratch& scratch);
+
+}  // namespace annulus::kernels
