@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/cpu/decode_in_place.hpp"
 #include "kernels/cpu/decode_rows.hpp"
 #include "kernels/cpu/forward_rows.hpp"
 #include "kernels/cpu/parallel.hpp"
@@ -85,11 +86,14 @@ void split_forward(const ForwardCall& call) {
     return intersect({0, problem.seq_kv()}, {part * kPartKeys, (part + 1) * kPartKeys});
   };
   if (problem.seq_q() * largest_group(problem) <= kMostDecodeRows) {
-    parallel(parts * problem.batch(), decode_scratch(problem),
-             [&](std::int64_t i, Scratch& scratch) {
-               const std::int64_t part = i / problem.batch();
-               decode_rows(problem, i % problem.batch(), keys_of(part), states[part], scratch);
-             });
+    const std::int64_t floats = std::max(decode_scratch(problem), decode_in_place_scratch(problem));
+    parallel(parts * problem.batch(), floats, [&](std::int64_t i, Scratch& scratch) {
+      const std::int64_t batch = i % problem.batch();
+      const std::int64_t part = i / problem.batch();
+      const auto decode =
+          decodes_in_place(problem, batch, keys_of(part)) ? decode_in_place : decode_rows;
+      decode(problem, batch, keys_of(part), states[part], scratch);
+    });
   } else {
     const std::int64_t heads = problem.kv_heads();
     const auto block_of = [&](std::int64_t i) {
