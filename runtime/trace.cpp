@@ -102,29 +102,28 @@ StageRecorder* trace_recorder() { return process_recorder().get(); }
 
 void start_trace() { process_recorder() = std::make_unique<StageRecorder>(); }
 
-// As network time does it: the answer was made half way between question and arrival, and is off by
-// half of what the fastest round trip took at most.
-std::int64_t clock_offset_ns(Communicator& ranks) {
+// The answer is taken to be made half way between question and arrival.
+std::int64_t clock_offset_ns(Communicator& ranks, const std::function<std::int64_t()>& clock) {
   constexpr int kRounds = 16;
   std::int64_t offset = 0;
   for (int peer = 1; peer < ranks.size(); ++peer) {
     if (ranks.rank() != 0 && ranks.rank() != peer) continue;
     std::int64_t fastest = std::numeric_limits<std::int64_t>::max();
     for (int round = 0; round < kRounds; ++round) {
-      std::vector<std::int64_t> clock(1);
+      std::vector<std::int64_t> time(1);
       if (ranks.rank() == 0) {
-        receive(ranks, peer, clock);
-        clock.front() = record_clock_ns();
-        send(ranks, peer, clock);
+        receive(ranks, peer, time);
+        time.front() = clock();
+        send(ranks, peer, time);
         continue;
       }
-      const std::int64_t asked = record_clock_ns();
-      send(ranks, 0, clock);
-      receive(ranks, 0, clock);
-      const std::int64_t answered = record_clock_ns();
+      const std::int64_t asked = clock();
+      send(ranks, 0, time);
+      receive(ranks, 0, time);
+      const std::int64_t answered = clock();
       if (answered - asked >= fastest) continue;
       fastest = answered - asked;
-      offset = clock.front() - (asked + (answered - asked) / 2);
+      offset = time.front() - (asked + (answered - asked) / 2);
     }
   }
   return offset;

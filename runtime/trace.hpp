@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <string>
 
 #include "sharding/communicator.hpp"
@@ -18,7 +20,9 @@ void start_trace();
 /// the fastest of some round trips. Ends the trace. Collective; throws cannot_create.
 void write_trace(Communicator& ranks, const std::string& path);
 
-/// What rank 0's clock shows less what this rank's does, in nanoseconds. Collective.
-std::int64_t clock_offset_ns(Communicator& ranks);
+/// What rank 0's clock shows less what this rank's does, in nanoseconds: as network time does it,
+/// off by half of the fastest of 16 round trips at most. Collective.
+std::int64_t clock_offset_ns(Communicator& ranks,
+                             const std::function<std::int64_t()>& clock = record_clock_ns);
 
 }  // namespace annulus
