@@ -160,13 +160,12 @@ class DecodePages {
     }
   }
 
-  // A few tokens' keys of all heads before the next tokens': in the order of memory.
   void score(const Tile& tile, const Tile& next) {
-    for (std::int64_t token = 0; token < tile.count; token += kQuadKeys) {
-      for (std::size_t i = 0; i < quads_.size(); ++i) {
-        const std::int64_t head = head_of(i) * problem_.k.strides[2] * Rows::kBytes;
-        const CacheRows k{tile.k.data(), head};
-        const CacheRows ahead{next.k.data(), head};
+    for (std::size_t i = 0; i < quads_.size(); ++i) {
+      const std::int64_t head = head_of(i) * problem_.k.strides[2] * Rows::kBytes;
+      const CacheRows k{tile.k.data(), head};
+      const CacheRows ahead{next.k.data(), head};
+      for (std::int64_t token = 0; token < tile.count; token += kQuadKeys) {
         score_keys<Rows>(k, ahead, token, problem_.head_dim(), quads_[i].q, q_stride_,
                          quads_[i].s + token * kQuad);
       }
