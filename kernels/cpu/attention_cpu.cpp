@@ -84,7 +84,7 @@ std::deque<BackwardRows> backward_rows(const AttentionProblem& problem, std::int
                           {0, problem.seq_kv()}};
       if (rows.rows() == 0) continue;
       all.push_back({rows, AccumulationOrder(problem.mask.of_batch(batch), rows, chunk_keys,
-                                             backward_tile_rows())});
+                                             backward_tile_rows(problem))});
     }
   }
   return all;

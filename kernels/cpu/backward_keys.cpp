@@ -16,6 +16,7 @@
 // clang-format on
 #include "hwy/highway.h"
 #include "kernels/cpu/backward_operands-inl.hpp"
+#include "kernels/cpu/backward_split-inl.hpp"
 #include "kernels/cpu/gradient_tile-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 
@@ -36,15 +37,19 @@ class BackwardKeys {
         value_dim_(problem_.value_dim()),
         k_stride_(tile_stride(head_dim_)),
         v_stride_(tile_stride(value_dim_)),
-        amx_(uses_amx(problem_.q.dtype)) {
+        lanes_(backward_lanes(problem_)),
+        amx_(uses_amx(problem_.q.dtype)),
+        splits_(splits_on_amx(problem_.q.dtype)) {
     const std::int64_t keys = backward_chunk_keys(problem_);
 #if ANNULUS_AMX
     if (amx_) operands_.emplace(problem_, keys, scratch);
 #endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
-    for (float** panels : {&k_, &k_columns_}) *panels = scratch.take(keys * head_dim_);
-    v_ = scratch.take(keys * value_dim_);
+    if (!splits_) {
+      for (float** panels : {&k_, &k_columns_}) *panels = scratch.take(keys * head_dim_);
+      v_ = scratch.take(keys * value_dim_);
+    }
     rows_buffer_ = scratch.take(8 * std::max(k_stride_, v_stride_));
     q_rows_ = scratch.take(kTileLanes * k_stride_);
     grad_o_rows_ = scratch.take(kTileLanes * v_stride_);
@@ -60,13 +65,21 @@ class BackwardKeys {
     buffers_.rows = scratch.take(kPairRowsFloats);
     lse_ = scratch.take(kTileLanes);
     delta_ = scratch.take(kTileLanes);
+#if ANNULUS_AMX
+    if (splits_) {
+      split_.emplace(
+          problem_, rows_, keys,
+          BackwardSplit::Rows{q_rows_, grad_o_rows_, dq_, dk_, dv_, k_stride_, v_stride_}, scratch);
+    }
+#endif
   }
 
   static std::int64_t scratch_floats(const AttentionProblem& problem) {
     const std::int64_t strides = tile_stride(problem.head_dim()) + tile_stride(problem.value_dim());
     const std::int64_t keys = backward_chunk_keys(problem);
-    return (keys + 8) * strides + keys * (2 * problem.head_dim() + problem.value_dim()) +
-           (8 + kTileLanes) * strides +
+    const std::int64_t packed =
+        splits_on_amx(problem.q.dtype) ? 0 : keys * (2 * problem.head_dim() + problem.value_dim());
+    return (keys + 8) * strides + packed + (8 + kTileLanes) * strides +
            kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
            6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24 +
            amx_floats(problem);
@@ -78,14 +91,14 @@ class BackwardKeys {
       if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
     }
     if (slices_.empty()) return;
-    const AmxScope amx(amx_);
+    const AmxScope amx(amx_ || splits_);
     load_keys();
     for (std::int64_t tile = order.tiles() - 1; tile >= 0; --tile) {
       if (!order.meets(chunk, tile)) continue;
-      if (tile > 0) prefetch_queries(rows_of_tile(rows_, (tile - 1) * kTileLanes, kTileLanes));
-      add_queries(rows_of_tile(rows_, tile * kTileLanes, kTileLanes));
+      if (tile > 0) prefetch_queries(rows_of_tile(rows_, (tile - 1) * lanes_, lanes_));
+      add_queries(rows_of_tile(rows_, tile * lanes_, lanes_));
       order.wait(chunk, tile);
-      if (call_.grad_q) write_grad_q(tile * kTileLanes);
+      if (call_.grad_q) write_grad_q(tile * lanes_);
       order.pass(tile);
     }
     write_grad_keys();
@@ -97,6 +110,9 @@ class BackwardKeys {
     if (uses_amx(problem.q.dtype)) {
       return BackwardOperands::floats(problem, backward_chunk_keys(problem));
     }
+    if (splits_on_amx(problem.q.dtype)) {
+      return BackwardSplit::floats(problem, backward_chunk_keys(problem));
+    }
 #endif
     return 0;
   }
@@ -105,6 +121,11 @@ class BackwardKeys {
   // [head_dim / 8, keys, 8], for dQ.
   void load_keys() {
     const std::int64_t keys = rows_.keys.size();
+    std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
+    std::fill_n(dv_, (keys + 8) * v_stride_, 0.0F);
+#if ANNULUS_AMX
+    if (split_) return split_->load_keys();
+#endif
     for (std::int64_t first = 0; first < keys; first += 8) {
       const std::int64_t count = std::min<std::int64_t>(8, keys - first);
       load_panel(problem_.k, first, count, k_stride_, k_ + first * head_dim_);
@@ -114,8 +135,6 @@ class BackwardKeys {
       }
       load_panel(problem_.v, first, count, v_stride_, v_ + first * value_dim_);
     }
-    std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
-    std::fill_n(dv_, (keys + 8) * v_stride_, 0.0F);
 #if ANNULUS_AMX
     if (amx_) operands_->load_keys(problem_, rows_);
 #endif
@@ -150,7 +169,7 @@ class BackwardKeys {
       prefetch_row(call_.grad_o,
                    row_offset(call_.grad_o, rows_.batch, rows.query[i], rows.head[i]));
     }
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
+    for (std::int64_t lane = 0; lane < lanes_; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
       const std::int64_t head = rows.head[i];
       const std::int64_t query = rows.query[i];
@@ -172,6 +191,9 @@ class BackwardKeys {
       lse_[lane] = lse;
       delta_[lane] = statistic(call_.delta, head, query);
     }
+#if ANNULUS_AMX
+    if (split_) return split_->load_queries(rows.count);
+#endif
     transpose(q_rows_, k_stride_, kTileLanes, head_dim_, q_, kTileLanes);
     transpose(grad_o_rows_, v_stride_, kTileLanes, value_dim_, grad_o_, kTileLanes);
     if (problem_.scale < 0.0F) {
@@ -204,7 +226,7 @@ class BackwardKeys {
   void add_run(const LogitsTile& tile) {
     const std::int64_t keys = tile.run.keys.size();
     const std::int64_t first = tile.run.keys.begin - rows_.keys.begin;
-    const std::int64_t whole = amx_ ? 32 : 8;
+    const std::int64_t whole = amx_ || splits_ ? 32 : 8;
     const std::int64_t before = first % whole;
     const std::int64_t panels = round_up(before + keys, whole);
     float* p = p_ + before * kTileLanes;
@@ -228,6 +250,13 @@ class BackwardKeys {
     if (problem_.soft_cap > 0.0F) {
       cap_gradient(keys, tile.vectors, buffers_.capped, problem_.soft_cap, ds);
     }
+#if ANNULUS_AMX
+    if (split_) {
+      clear_outside(before, keys, panels);
+      return split_->add_products(tile.rows.count, first - before, panels, p_, ds_,
+                                  static_cast<bool>(call_.grad_q));
+    }
+#endif
     if (masked && !operands_are_finite(first - before, panels)) {
       return add_kept_products(tile, first, p, ds);
     }
@@ -241,6 +270,7 @@ class BackwardKeys {
   void multiply_queries(const LogitsTile& tile, std::int64_t first, std::int64_t keys) {
 #if ANNULUS_AMX
     if (amx_) return multiply_half_queries(tile.vectors, first, keys);
+    if (split_) return split_->multiply_queries(tile.vectors, first, keys, p_, ds_, prefetch_);
 #endif
     gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, head_dim_},
                                             {k_ + first * head_dim_, 8 * head_dim_}, q_, kTileLanes,
@@ -264,14 +294,18 @@ class BackwardKeys {
     }
   }
 
+  // Weights of `all` keys before and after those of a run.
+  void clear_outside(std::int64_t before, std::int64_t keys, std::int64_t all) {
+    for (float* rows : {p_, ds_}) {
+      std::fill(rows, rows + before * kTileLanes, 0.0F);
+      std::fill(rows + (before + keys) * kTileLanes, rows + all * kTileLanes, 0.0F);
+    }
+  }
+
   // As add_products, for `all` keys of which those around the run weigh nothing.
   void add_half_products(const LogitsTile& tile, std::int64_t first, std::int64_t before,
                          std::int64_t all) {
-    const std::int64_t end = before + tile.run.keys.size();
-    for (float* rows : {p_, ds_}) {
-      std::fill(rows, rows + before * kTileLanes, 0.0F);
-      std::fill(rows + end * kTileLanes, rows + all * kTileLanes, 0.0F);
-    }
+    clear_outside(before, tile.run.keys.size(), all);
     store_left_lanes(all, tile.vectors, p_, operands_->p);
     store_left_lanes(all, tile.vectors, ds_, operands_->ds);
     const std::int64_t steps = tile.rows.count > kAmxDepth ? 2 : 1;
@@ -365,7 +399,7 @@ class BackwardKeys {
   }
 
   void write_grad_q(std::int64_t first_row) {
-    const TileRows rows = rows_of_tile(rows_, first_row, kTileLanes);
+    const TileRows rows = rows_of_tile(rows_, first_row, lanes_);
     transpose(dq_, kTileLanes, head_dim_, kTileLanes, q_rows_, k_stride_);
     for (std::int64_t lane = 0; lane < rows.count; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
@@ -411,8 +445,11 @@ class BackwardKeys {
   float* grad_o_ = nullptr;  // [value_dim, lanes]
   float* p_ = nullptr;       // [keys + panel, lanes], as ds
   float* ds_ = nullptr;
+  std::int64_t lanes_;  // queries of a tile
   bool amx_;
+  bool splits_;
 #if ANNULUS_AMX
+  std::optional<BackwardSplit> split_;        // where splits_
   std::optional<BackwardOperands> operands_;  // where amx_
 #endif
   float* lse_ = nullptr;    // [lanes]
@@ -424,7 +461,15 @@ class BackwardKeys {
   RowPrefetch prefetch_{8};
 };
 
-std::int64_t tile_rows_on_target() { return kTileLanes; }
+std::int64_t tile_rows_on_target(const AttentionProblem& problem) {
+  return backward_lanes(problem);
+}
+
+std::int64_t chunk_keys_on_target(const AttentionProblem& problem) {
+  const std::int64_t dims = problem.head_dim() + problem.value_dim();
+  if (splits_on_amx(problem.q.dtype)) return (dims <= 128 ? 8 : dims <= 256 ? 2 : 1) * kKeyTile;
+  return (dims <= 256 ? 4 : 2) * kKeyTile;
+}
 
 std::int64_t backward_scratch_on_target(const AttentionProblem& problem) {
   return BackwardKeys::scratch_floats(problem);
@@ -443,14 +488,17 @@ HWY_AFTER_NAMESPACE();
 namespace annulus::kernels {
 
 HWY_EXPORT(tile_rows_on_target);
+HWY_EXPORT(chunk_keys_on_target);
 HWY_EXPORT(backward_scratch_on_target);
 HWY_EXPORT(backward_keys_on_target);
 
 std::int64_t backward_chunk_keys(const AttentionProblem& problem) {
-  return problem.head_dim() + problem.value_dim() <= 256 ? 4 * kKeyTile : 2 * kKeyTile;
+  return HWY_DYNAMIC_DISPATCH(chunk_keys_on_target)(problem);
 }
 
-std::int64_t backward_tile_rows() { return HWY_DYNAMIC_DISPATCH(tile_rows_on_target)(); }
+std::int64_t backward_tile_rows(const AttentionProblem& problem) {
+  return HWY_DYNAMIC_DISPATCH(tile_rows_on_target)(problem);
+}
 
 std::int64_t backward_scratch(const AttentionProblem& problem) {
   return HWY_DYNAMIC_DISPATCH(backward_scratch_on_target)(problem);

@@ -42,7 +42,7 @@ class AccumulationOrder {
 std::int64_t backward_chunk_keys(const AttentionProblem& problem);
 
 /// Queries of a tile on this processor's target.
-std::int64_t backward_tile_rows();
+std::int64_t backward_tile_rows(const AttentionProblem& problem);
 
 std::int64_t backward_scratch(const AttentionProblem& problem);
 

@@ -355,6 +355,37 @@ struct RescaleWork {
   FloatVec rescale[2];
 };
 
+/// to[row, :] += product[row, :] for rows of one or two vectors, some to a call.
+struct AddWork {
+  HWY_INLINE void operator()() {
+    const std::int64_t count = HWY_MIN(rows, rows_of_call);
+    for (std::int64_t i = 0; i < count; ++i) add_row();
+    rows -= count;
+  }
+
+  void finish() {
+    for (; rows > 0; --rows) add_row();
+  }
+
+  HWY_INLINE void add_row() {
+    const Floats d;
+    hn::Store(hn::Add(hn::Load(d, to), hn::Load(d, product)), d, to);
+    if (vectors > 1) {
+      float* second = to + kLanes;
+      hn::Store(hn::Add(hn::Load(d, second), hn::Load(d, product + kLanes)), d, second);
+    }
+    to += stride;
+    product += kSplitLanes;
+  }
+
+  float* to = nullptr;
+  std::int64_t stride = 0;
+  const float* product = nullptr;
+  std::int64_t rows = 0;
+  std::int64_t vectors = 0;
+  std::int64_t rows_of_call = 0;
+};
+
 }  // namespace annulus::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 #endif  // ANNULUS_AMX
