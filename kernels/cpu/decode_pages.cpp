@@ -26,6 +26,8 @@ namespace {
 // Tokens of a tile. All heads read a tile before the next one is touched: they lie next to each
 // other in memory. K and V of this tile and the next fit L2.
 constexpr std::int64_t kTile = 16;
+// Tiles whose sums are kept apart: each settling rounds what all tokens before have summed to.
+constexpr std::int64_t kSettledTiles = 16;
 // Scores of a quad: [token, row].
 constexpr std::int64_t kScores = kTile * kQuad;
 
@@ -45,6 +47,10 @@ struct Quad {
   float* max = nullptr;      // [kGroupLanes], the four rows over and over
   float* sum = nullptr;      // [kGroupLanes], of some of the tokens each
   float* rescale = nullptr;  // [kQuad]
+  // O and sums of all tokens but those of the last tiles, and what O is yet to be multiplied by.
+  float* settled_o = nullptr;
+  float* settled_sum = nullptr;
+  float* settled_rescale = nullptr;
   std::array<Span, kQuad> tokens;
 };
 
@@ -80,20 +86,24 @@ class DecodePages {
     const std::int64_t quads = (queries * problem.group_size() + kQuad - 1) / kQuad;
     return problem.kv_heads() * quads *
            (Scratch::room_for(kQuad * round_up(problem.head_dim(), kPair)) +
-            Scratch::room_for(kQuad * round_up(problem.value_dim(), kPair)) +
-            Scratch::room_for(kScores) + 2 * Scratch::room_for(kGroupLanes) +
-            Scratch::room_for(kQuad));
+            2 * Scratch::room_for(kQuad * round_up(problem.value_dim(), kPair)) +
+            Scratch::room_for(kScores) + 3 * Scratch::room_for(kGroupLanes) +
+            2 * Scratch::room_for(kQuad));
   }
 
   void compute(const AttentionState& partial) {
     std::array<Tile, 2> tiles;
     find(tokens_.begin, tiles[0]);
+    std::int64_t unsettled = 0;
     for (std::size_t i = 0; tiles[i].count > 0; i = 1 - i) {
       Tile& next = tiles[1 - i];
       find(tiles[i].first + tiles[i].count, next);
       score(tiles[i], next);
       weigh(tiles[i]);
       add(tiles[i], next);
+      if (++unsettled < kSettledTiles && next.count > 0) continue;
+      settle();
+      unsettled = 0;
     }
     write(partial);
   }
@@ -109,10 +119,16 @@ class DecodePages {
     quad.max = scratch.take(kGroupLanes);
     quad.sum = scratch.take(kGroupLanes);
     quad.rescale = scratch.take(kQuad);
+    quad.settled_o = scratch.take(kQuad * o_stride_);
+    quad.settled_sum = scratch.take(kGroupLanes);
+    quad.settled_rescale = scratch.take(kQuad);
     std::fill_n(quad.q, kQuad * q_stride_, 0.0F);
     std::fill_n(quad.o, kQuad * o_stride_, 0.0F);
     std::fill_n(quad.max, kGroupLanes, kMinusInfinity);
     std::fill_n(quad.sum, kGroupLanes, 0.0F);
+    std::fill_n(quad.settled_o, kQuad * o_stride_, 0.0F);
+    std::fill_n(quad.settled_sum, kGroupLanes, 0.0F);
+    std::fill_n(quad.settled_rescale, kQuad, 1.0F);
     const std::int64_t dim = problem_.head_dim();
     widened_.resize(static_cast<std::size_t>(dim));
     for (std::int64_t r = 0; r < kQuad; ++r) {
@@ -241,7 +257,10 @@ class DecodePages {
     for (int g = 0; g < kGroup; ++g) {
       float* sum = quad.sum + g * kLanes;
       hn::Store(hn::MulAdd(hn::Load(d, sum), factor[g], total[g]), d, sum);
+      float* settled = quad.settled_sum + g * kLanes;
+      hn::Store(hn::Mul(hn::Load(d, settled), factor[g]), d, settled);
     }
+    for (std::int64_t r = 0; r < kQuad; ++r) quad.settled_rescale[r] *= quad.rescale[r];
   }
 
   void add(const Tile& tile, const Tile& next) {
@@ -261,6 +280,30 @@ class DecodePages {
     }
   }
 
+  // The sums of the last tiles join those of all before, beside which a single tile's small terms
+  // would be rounded away.
+  void settle() {
+    const Floats d;
+    for (const Quad& quad : quads_) {
+      for (std::int64_t i = 0; i < kGroupLanes; i += kLanes) {
+        float* settled = quad.settled_sum + i;
+        hn::Store(hn::Add(hn::Load(d, settled), hn::Load(d, quad.sum + i)), d, settled);
+        hn::Store(hn::Zero(d), d, quad.sum + i);
+      }
+      for (std::int64_t r = 0; r < kQuad; ++r) {
+        const FloatVec rescale = hn::Set(d, quad.settled_rescale[r]);
+        float* o = quad.o + r * o_stride_;
+        float* settled = quad.settled_o + r * o_stride_;
+        for (std::int64_t i = 0; i < o_stride_; i += kLanes) {
+          hn::Store(hn::MulAdd(hn::Load(d, settled + i), rescale, hn::Load(d, o + i)), d,
+                    settled + i);
+          hn::Store(hn::Zero(d), d, o + i);
+        }
+        quad.settled_rescale[r] = 1.0F;
+      }
+    }
+  }
+
   std::int64_t head_of(std::size_t quad) const {
     return static_cast<std::int64_t>(quad) / quads_of_head_;
   }
@@ -270,7 +313,7 @@ class DecodePages {
     for (std::size_t i = 0; i < quads_.size(); ++i) {
       const Quad& quad = quads_[i];
       RowGroup group;
-      for (int g = 0; g < kGroup; ++g) group[g] = hn::Load(Floats(), quad.sum + g * kLanes);
+      for (int g = 0; g < kGroup; ++g) group[g] = hn::Load(Floats(), quad.settled_sum + g * kLanes);
       store_reduced(group, AddVectors(), sums);
       const std::int64_t first = static_cast<std::int64_t>(i) % quads_of_head_ * kQuad;
       for (std::int64_t r = 0; r < std::min(kQuad, rows_ - first); ++r) {
@@ -285,7 +328,7 @@ class DecodePages {
         float* o = static_cast<float*>(partial.accumulator.data) +
                    row_offset(partial.accumulator, 0, query, head);
         for (std::int64_t d = 0; d < problem_.value_dim(); ++d) {
-          o[d] = quad.o[r * o_stride_ + packed_place<Rows>(d)];
+          o[d] = quad.settled_o[r * o_stride_ + packed_place<Rows>(d)];
         }
       }
     }
