@@ -1,5 +1,7 @@
 #include "runtime/checked_gather.hpp"
 
+#include <mpi.h>
+
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -23,8 +25,9 @@ void check_arrived(const std::byte* data, std::size_t bytes, int from, const cha
           "{}: {} bytes from rank {} arrived damaged", operation, bytes, from);
 }
 
-void checked_all_gather(MPI_Comm comm, std::span<const std::byte> mine, std::byte* all,
+void checked_all_gather(MpiHandle handle, std::span<const std::byte> mine, std::byte* all,
                         std::size_t stride) {
+  const MPI_Comm comm = MPI_Comm_f2c(handle.fortran);
   int ranks = 1;
   ANNULUS_CHECK_MPI(MPI_Comm_size(comm, &ranks));
   const std::size_t width = mine.size() + kDigestBytes;

@@ -1,20 +1,20 @@
 #pragma once
 
-#include <mpi.h>
-
 #include <cstddef>
 #include <span>
+
+#include "runtime/mpi_communicator.hpp"
 
 namespace annulus {
 
 /// MPI_Allgather of equal contributions with a digest of each: throws peer, naming the rank, when
 /// one arrived damaged. `all` may be any place for ranks × mine bytes, `stride` apart.
-void checked_all_gather(MPI_Comm comm, std::span<const std::byte> mine, std::byte* all,
+void checked_all_gather(MpiHandle comm, std::span<const std::byte> mine, std::byte* all,
                         std::size_t stride);
 
 /// The same for one value of each rank, in rank order.
 template <typename Value>
-void checked_all_gather(MPI_Comm comm, const Value& mine, std::span<Value> all) {
+void checked_all_gather(MpiHandle comm, const Value& mine, std::span<Value> all) {
   checked_all_gather(comm, std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(all).data(),
                      sizeof(Value));
 }

@@ -264,7 +264,8 @@ void MpiCommunicator::all_gather(std::span<const std::byte> mine, std::span<std:
   std::size_t begin = 0;
   do {  // also for nothing: all ranks have come here
     const std::size_t length = std::min(chunk, mine.size() - begin);
-    checked_all_gather(comm_, mine.subspan(begin, length), all.data() + begin, mine.size());
+    checked_all_gather(MpiHandle{MPI_Comm_c2f(comm_)}, mine.subspan(begin, length),
+                       all.data() + begin, mine.size());
     begin += chunk;
   } while (begin < mine.size());
 }
@@ -300,7 +301,7 @@ void MpiCommunicator::all_reduce_sum(std::span<float> values) {
       const auto* theirs = reinterpret_cast<const float*>(&parts[rank * width]);
       for (std::size_t i = 0; i < part; ++i) sum[i] += theirs[i];
     }
-    checked_all_gather(comm_, std::as_bytes(std::span(sum)),
+    checked_all_gather(MpiHandle{MPI_Comm_c2f(comm_)}, std::as_bytes(std::span(sum)),
                        reinterpret_cast<std::byte*>(padded.data()), part_bytes);
     std::copy_n(padded.begin(), now.size(), now.begin());
   }

@@ -108,10 +108,10 @@ struct MpiWindows::Memory {
     own.emplace(stride);
     std::vector<SharedMemory::Ticket> tickets(static_cast<std::size_t>(node.size()));
     const SharedMemory::Ticket mine = own->ticket();
-    checked_all_gather(node.comm(), mine, std::span(tickets));
+    checked_all_gather(MpiHandle{MPI_Comm_c2f(node.comm())}, mine, std::span(tickets));
     const int mapped = own->map(tickets, static_cast<std::size_t>(node.rank())) ? 1 : 0;
     std::vector<int> mapped_by_all(tickets.size());
-    checked_all_gather(node.comm(), mapped, std::span(mapped_by_all));
+    checked_all_gather(MpiHandle{MPI_Comm_c2f(node.comm())}, mapped, std::span(mapped_by_all));
     own->close();
     if (std::count(mapped_by_all.begin(), mapped_by_all.end(), 1) == node.size()) {
       for (std::size_t rank = 0; rank < tickets.size(); ++rank) parts.push_back(own->at(rank));
@@ -191,8 +191,8 @@ std::unique_ptr<Window> MpiWindows::expose(std::int64_t bytes, std::int64_t gran
   // An empty part needs an address too: null means another node.
   using Wanted = std::array<std::int64_t, 2>;
   std::vector<Wanted> of_all(static_cast<std::size_t>(node_->size()));
-  checked_all_gather(node_->comm(), Wanted{std::max<std::int64_t>(bytes, 1), granule},
-                     std::span(of_all));
+  checked_all_gather(MpiHandle{MPI_Comm_c2f(node_->comm())},
+                     Wanted{std::max<std::int64_t>(bytes, 1), granule}, std::span(of_all));
   Wanted most{};
   for (const Wanted& one : of_all) {
     most = {std::max(most[0], one[0]), std::max(most[1], one[1])};

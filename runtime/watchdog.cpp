@@ -189,7 +189,7 @@ class Watchdog::Thread {
     std::array<char, 64> mine{};
     copy_text(identity_from_environment().host, mine);
     std::vector<std::array<char, 64>> all(static_cast<std::size_t>(size));
-    checked_all_gather(comm, mine, std::span(all));
+    checked_all_gather(MpiHandle{MPI_Comm_c2f(comm)}, mine, std::span(all));
     std::vector<std::string> hosts;
     for (const auto& host : all) hosts.emplace_back(host.data());
     return hosts;
