@@ -175,6 +175,7 @@ class Watchdog::Thread {
   void stop_when_mpi_ends() {
     int key = MPI_KEYVAL_INVALID;
     const auto on_end = [](MPI_Comm, int, void* thread, void*) -> int {
+      static_cast<Thread*>(thread)->mpi_ends_ = true;
       static_cast<Thread*>(thread)->stop_asking();
       return MPI_SUCCESS;
     };
@@ -369,7 +370,9 @@ class Watchdog::Thread {
     }
   }
 
-  /// The job must end even where the launcher's daemons no longer answer MPI_Abort.
+  /// The job must end even where the launcher's daemons no longer answer MPI_Abort. Beside
+  /// MPI_Finalize it crashes or leaves the launcher waiting: there this process ends alone, and the
+  /// launcher ends the others.
   [[noreturn]] void abort_all() {
     static_cast<void>(signal(SIGALRM, end_at_once));
     static_cast<void>(alarm(kAbortPatienceSeconds));
@@ -377,11 +380,13 @@ class Watchdog::Thread {
     int ended = 0;
     static_cast<void>(MPI_Initialized(&started));
     static_cast<void>(MPI_Finalized(&ended));
-    if (started != 0 && ended == 0) static_cast<void>(MPI_Abort(MPI_COMM_WORLD, kExitPeer));
+    if (started != 0 && ended == 0 && !mpi_ends_)
+      static_cast<void>(MPI_Abort(MPI_COMM_WORLD, kExitPeer));
     _exit(kExitPeer);
   }
 
-  std::mutex mutex_;  // all below, between the thread and the callers
+  std::atomic<bool> mpi_ends_{false};  // the program is in MPI_Finalize
+  std::mutex mutex_;                   // all below, between the thread and the callers
   bool started_ = false;
   std::int64_t timeout_ns_ = 0;
   std::int64_t looked_ns_ = 0;         // the last time; 0: never

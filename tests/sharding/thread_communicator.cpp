@@ -9,6 +9,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -319,6 +320,8 @@ void ThreadCommunicator::all_reduce_sum(std::span<float> values) {
   std::copy(sum.begin(), sum.end(), values.begin());
 }
 
+constexpr std::int64_t kWindowAlignment = 64;  // of shared memory at least
+
 /// The windows of all ranks, side by side, as those of one node's processes.
 struct SharedBytes {
   SharedBytes(std::int64_t stride_, int ranks)
@@ -359,7 +362,8 @@ std::unique_ptr<Window> ThreadCommunicator::expose(std::int64_t bytes, std::int6
     }
   });
   // A gap, so that nobody takes the next rank's rows for its own.
-  stride = (stride / granule + 2) * granule;
+  const std::int64_t unit = std::lcm(granule, kWindowAlignment);
+  stride = (stride / unit + 2) * unit;
   auto shared = rank_ == 0 ? std::make_shared<SharedBytes>(stride, size()) : nullptr;
   const std::shared_ptr<SharedBytes> own = shared;
   group_->meet(rank_, {"expose", sizeof own, &own}, [&](const auto& contributions) {
