@@ -64,31 +64,38 @@ class Context::MpiLifetime {
   MpiLifetime(const MpiLifetime&) = delete;
   MpiLifetime& operator=(const MpiLifetime&) = delete;
 
+  /// MPI, which ends with this.
+  bool started() const { return started_; }
+
  private:
   bool started_;
   int exceptions_;
 };
 
-/// While it lives the ranks' watchdogs, where they were started, speak to each other.
+/// While it lives the ranks' watchdogs, where they were started, speak to each other; in MPI that
+/// the context started, until that ends.
 class Context::Watch {
  public:
-  explicit Watch(MpiHandle ranks) : exceptions_(std::uncaught_exceptions()) {
+  Watch(MpiHandle ranks, bool until_mpi_ends)
+      : until_mpi_ends_(until_mpi_ends), exceptions_(std::uncaught_exceptions()) {
     Watchdog::of_process().connect(ranks);
   }
   ~Watch() {
-    if (std::uncaught_exceptions() == exceptions_) Watchdog::of_process().disconnect();
+    if (!until_mpi_ends_ && std::uncaught_exceptions() == exceptions_)
+      Watchdog::of_process().disconnect();
   }
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
 
  private:
+  bool until_mpi_ends_;
   int exceptions_;
 };
 
 Context::Context(const MpiOptions& options)
     : lifetime_(std::make_unique<MpiLifetime>()),
       mpi_(MpiHandle{MPI_Comm_c2f(MPI_COMM_WORLD)}),
-      watch_(std::make_unique<Watch>(*mpi_)),
+      watch_(std::make_unique<Watch>(*mpi_, lifetime_->started())),
       world_(make_mpi_communicator(*mpi_, options)) {
   refuse_singletons(world_->size());
   find_nodes();
@@ -97,7 +104,7 @@ Context::Context(const MpiOptions& options)
 
 Context::Context(MpiHandle handle, const MpiOptions& options)
     : mpi_(handle),
-      watch_(std::make_unique<Watch>(handle)),
+      watch_(std::make_unique<Watch>(handle, false)),
       world_(make_mpi_communicator(handle, options)) {
   find_nodes();
   choose_device();
