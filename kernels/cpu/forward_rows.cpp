@@ -15,6 +15,7 @@
 // clang-format on
 #include "hwy/highway.h"
 #include "kernels/cpu/amx_products-inl.hpp"
+#include "kernels/cpu/dot_rows-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
 #include "kernels/cpu/query_tile-inl.hpp"
 #include "kernels/cpu/split_rows-inl.hpp"
@@ -39,9 +40,10 @@ class ForwardRows {
         k_stride_(tile_stride(problem_.head_dim())),
         v_stride_(tile_stride(problem_.value_dim())),
         amx_(uses_amx(problem_.q.dtype)),
-        splits_(splits_on_amx(problem_.q.dtype)) {
+        splits_(splits_on_amx(problem_.q.dtype)),
+        dots_(uses_bf16_dots(problem_.q.dtype)) {
     const std::int64_t chunk = packed_keys(block.rows);
-    if (!splits_) {
+    if (!splits_ && !dots_) {
       k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
       v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
     }
@@ -55,8 +57,12 @@ class ForwardRows {
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
 #if ANNULUS_AMX
     if (splits_) {
-      split_.emplace(problem_, block, chunk, scratch,
-                     SplitWork{p_, rescale_, buffers_, &prefetch_});
+      split_.emplace(problem_, block, chunk, scratch, TileWork{p_, rescale_, buffers_, &prefetch_});
+    }
+#endif
+#if ANNULUS_PAIRS
+    if (dots_) {
+      dot_.emplace(problem_, block, chunk, scratch, TileWork{p_, rescale_, buffers_, &prefetch_});
     }
 #endif
     carried_.emplace(call, block, row_, rescale_);
@@ -109,6 +115,9 @@ class ForwardRows {
 #if ANNULUS_AMX
     if (splits_on_amx(problem.q.dtype)) return SplitRows::scratch_floats(problem, keys);
 #endif
+#if ANNULUS_PAIRS
+    if (uses_bf16_dots(problem.q.dtype)) return DotRows::scratch_floats(problem, keys);
+#endif
     return keys * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim()));
   }
 
@@ -151,6 +160,9 @@ class ForwardRows {
 #if ANNULUS_AMX
     if (amx_) return load_half_queries(tile);
     if (split_) return split_->load_queries(tile);
+#endif
+#if ANNULUS_PAIRS
+    if (dot_) return dot_->load_queries(tile);
 #endif
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const auto i = static_cast<std::size_t>(lane);
@@ -224,6 +236,12 @@ class ForwardRows {
           continue;
         }
 #endif
+#if ANNULUS_PAIRS
+        if (dot_) {
+          dot_->add_run(tile, run, run.keys.begin - keys.begin, index);
+          continue;
+        }
+#endif
         add_run(tile, run, run.keys.begin - keys.begin, k, v);
       }
     }
@@ -243,6 +261,9 @@ class ForwardRows {
 #if ANNULUS_AMX
     if (amx_) return pack_half_keys(keys, index);
     if (split_) return split_->pack(keys, index);
+#endif
+#if ANNULUS_PAIRS
+    if (dot_) return dot_->pack(keys, index);
 #endif
     const std::int64_t head_dim = problem_.head_dim();
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
@@ -284,7 +305,7 @@ class ForwardRows {
     softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
     if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
     if ((!run.full || problem_.dense_mask) && !values_are_finite(keys, v + first_key * 8)) {
-      return add_kept_values(tile, keys, v + first_key * 8, p);
+      return add_kept_values(tile, problem_.value_dim(), keys, v + first_key * 8, p, rescale_);
     }
     gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
                                           {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
@@ -386,7 +407,7 @@ class ForwardRows {
       if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
       if (edges && !finite_[index]) {
         load_values(run.keys);
-        return add_kept_values(tile, keys, values_, p);
+        return add_kept_values(tile, problem_.value_dim(), keys, values_, p, rescale_);
       }
       fill_outside(before, keys, all, 0.0F);
       store_pairs(all, tile.vectors, p_, pairs_);
@@ -436,24 +457,6 @@ class ForwardRows {
     return true;
   }
 
-  // The same sums, bit for bit, without the terms of weight 0.
-  void add_kept_values(QueryTile& tile, std::int64_t keys, const float* v, const float* p) const {
-    const Floats d;
-    for (std::int64_t column = 0; column < problem_.value_dim(); ++column) {
-      const float* values = v + column / 8 * (8 * kKeyTile) + column % 8;
-      for (std::int64_t n = 0; n < tile.vectors; ++n) {
-        FloatVec sum = hn::Zero(d);
-        for (std::int64_t key = 0; key < keys; ++key) {
-          const FloatVec weight = hn::Load(d, p + key * kTileLanes + n * kLanes);
-          const FloatVec more = hn::MulAdd(hn::Set(d, values[key * 8]), weight, sum);
-          sum = hn::IfThenElse(hn::Eq(weight, hn::Zero(d)), sum, more);
-        }
-        float* at = tile.o + column * kTileLanes + n * kLanes;
-        hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale_ + n * kLanes), sum), d, at);
-      }
-    }
-  }
-
   const ForwardCall& call_;
   const AttentionProblem& problem_;
   const ForwardBlock& block_;
@@ -466,6 +469,10 @@ class ForwardRows {
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
   bool amx_;
   bool splits_;
+  bool dots_;
+#if ANNULUS_PAIRS
+  std::optional<DotRows> dot_;  // where dots_
+#endif
 #if ANNULUS_AMX
   std::optional<SplitRows> split_;      // where splits_
   std::uint32_t* pairs_ = nullptr;      // [keys / 2, lanes]

@@ -37,6 +37,23 @@ enum class Update : std::uint8_t {
   rescale,    // C = C·factor + A·B, a factor for each lane
 };
 
+/// What a step of a product multiplies: numbers, or pairs of bf16 in the bits of a float, whose two
+/// products are added.
+enum class Elements : std::uint8_t { f32, bf16_pairs };
+
+// sum + a·b.
+template <Elements kElements>
+HWY_INLINE FloatVec add_product(FloatVec a, FloatVec b, FloatVec sum) {
+#if HWY_TARGET == HWY_AVX3
+  // An instruction that Highway 1.0 has no target for. Denormals count as 0.
+  if constexpr (kElements == Elements::bf16_pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.raw) : "v"(a.raw), "v"(b.raw));
+    return sum;
+  }
+#endif
+  return hn::MulAdd(a, b, sum);
+}
+
 /// How A(row, step) lies in memory. Both have constant strides, so that an unrolled loop addresses
 /// eight rows from one register.
 enum class Layout : std::uint8_t {
@@ -57,7 +74,7 @@ template <Layout kLayout>
 inline constexpr std::int64_t kRowStride = kLayout == Layout::panels ? 1 : kTileLanes;
 
 // sum += A(·, step)·B(step, ·) for one step.
-template <int kVectors, Layout kLayout>
+template <int kVectors, Layout kLayout, Elements kElements>
 HWY_INLINE void gemm_step(const float* HWY_RESTRICT a, const float* HWY_RESTRICT b,
                           FloatVec (&sum)[kPanelRows][kVectors]) {
   const Floats d;
@@ -68,13 +85,15 @@ HWY_INLINE void gemm_step(const float* HWY_RESTRICT a, const float* HWY_RESTRICT
   for (int r = 0; r < kPanelRows; ++r) {
     const FloatVec element = hn::Set(d, a[r * kRowStride<kLayout>]);
     HWY_UNROLL(3)
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(element, row_b[v], sum[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = add_product<kElements>(element, row_b[v], sum[r][v]);
+    }
   }
 }
 
 // The product is summed by itself before C joins it: thousands of small terms that were added to a
 // large C one by one would all be rounded away.
-template <int kVectors, Update kUpdate, Layout kLayout>
+template <int kVectors, Update kUpdate, Layout kLayout, Elements kElements>
 HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
                              const float* HWY_RESTRICT b, std::int64_t ldb, float* HWY_RESTRICT c,
                              std::int64_t ldc, const float* HWY_RESTRICT factor) {
@@ -89,13 +108,13 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
   for (; steps >= 4; steps -= 4) {
     HWY_UNROLL(4)
     for (int i = 0; i < 4; ++i) {
-      gemm_step<kVectors, kLayout>(a + i * kStepStride<kLayout>, b + i * ldb, sum);
+      gemm_step<kVectors, kLayout, kElements>(a + i * kStepStride<kLayout>, b + i * ldb, sum);
     }
     a += 4 * kStepStride<kLayout>;
     b += 4 * ldb;
   }
   for (; steps > 0; --steps) {
-    gemm_step<kVectors, kLayout>(a, b, sum);
+    gemm_step<kVectors, kLayout, kElements>(a, b, sum);
     a += kStepStride<kLayout>;
     b += ldb;
   }
@@ -122,29 +141,30 @@ struct GemmA {
 
 inline GemmA tile_rows(const float* tile) { return {tile, 8 * kTileLanes}; }
 
-template <int kVectors, Update kUpdate, Layout kLayout>
+template <int kVectors, Update kUpdate, Layout kLayout, Elements kElements>
 void gemm_panels(std::int64_t rows, std::int64_t steps, const GemmA& a, const float* b,
                  std::int64_t ldb, float* c, std::int64_t ldc, const float* factor,
                  RowPrefetch* prefetch) {
   for (std::int64_t row = 0; row < rows; row += kPanelRows) {
     const float* panel = a.data + row / 8 * a.panel_stride + row % 8 * kRowStride<kLayout>;
-    gemm_panel<kVectors, kUpdate, kLayout>(steps, panel, b, ldb, c + row * ldc, ldc, factor);
+    gemm_panel<kVectors, kUpdate, kLayout, kElements>(steps, panel, b, ldb, c + row * ldc, ldc,
+                                                      factor);
     if (prefetch != nullptr) prefetch->step();
   }
 }
 
 /// B, C and `factor` are vector-aligned, and so are ldb and ldc. `prefetch` takes a step for each
 /// panel.
-template <Update kUpdate, Layout kLayout>
+template <Update kUpdate, Layout kLayout, Elements kElements = Elements::f32>
 void gemm(const GemmShape& shape, const GemmA& a, const float* b, std::int64_t ldb, float* c,
           std::int64_t ldc, const float* factor = nullptr, RowPrefetch* prefetch = nullptr) {
   std::int64_t left = shape.vectors;
   while (left > 0) {
     // Four vectors go as 2 + 2: a panel of one vector is bound by its broadcasts.
     const std::int64_t vectors = left == 4 ? 2 : HWY_MIN(left, kTileVectors);
-    const auto panels = vectors == 3   ? gemm_panels<3, kUpdate, kLayout>
-                        : vectors == 2 ? gemm_panels<2, kUpdate, kLayout>
-                                       : gemm_panels<1, kUpdate, kLayout>;
+    const auto panels = vectors == 3   ? gemm_panels<3, kUpdate, kLayout, kElements>
+                        : vectors == 2 ? gemm_panels<2, kUpdate, kLayout, kElements>
+                                       : gemm_panels<1, kUpdate, kLayout, kElements>;
     panels(shape.rows, shape.steps, a, b, ldb, c, ldc, factor, prefetch);
     left -= vectors;
     b += vectors * kLanes;

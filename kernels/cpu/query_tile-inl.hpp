@@ -12,6 +12,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/cpu/forward_rows.hpp"
+#include "kernels/cpu/logits_tile-inl.hpp"
 #include "kernels/cpu/pack-inl.hpp"
 #include "kernels/cpu/softmax_tile-inl.hpp"
 
@@ -29,6 +30,34 @@ struct QueryTile {
   std::uint32_t odd = 0;  // lanes whose q does not split
   bool has_q = false;     // whether q is filled beside its parts
 };
+
+/// What a tile works in.
+struct TileWork {
+  float* p = nullptr;        // [keys, lanes]
+  float* rescale = nullptr;  // [lanes]
+  PairBuffers buffers;
+  RowPrefetch* prefetch = nullptr;
+};
+
+/// o ← o·rescale + Vᵀ·p, bit for bit as the product, without the terms of weight 0. `v` in panels
+/// of its columns, [value_dim / 8, keys of a tile, 8].
+inline void add_kept_values(QueryTile& tile, std::int64_t value_dim, std::int64_t keys,
+                            const float* v, const float* p, const float* rescale) {
+  const Floats d;
+  for (std::int64_t column = 0; column < value_dim; ++column) {
+    const float* values = v + column / 8 * (8 * kKeyTile) + column % 8;
+    for (std::int64_t n = 0; n < tile.vectors; ++n) {
+      FloatVec sum = hn::Zero(d);
+      for (std::int64_t key = 0; key < keys; ++key) {
+        const FloatVec weight = hn::Load(d, p + key * kTileLanes + n * kLanes);
+        const FloatVec more = hn::MulAdd(hn::Set(d, values[key * 8]), weight, sum);
+        sum = hn::IfThenElse(hn::Eq(weight, hn::Zero(d)), sum, more);
+      }
+      float* at = tile.o + column * kTileLanes + n * kLanes;
+      hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, rescale + n * kLanes), sum), d, at);
+    }
+  }
+}
 
 /// The running softmax of tiles: begun, or resumed from what is carried, and at the end finished or
 /// carried on.

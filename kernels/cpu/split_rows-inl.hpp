@@ -21,21 +21,13 @@
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 
-/// What a tile works in.
-struct SplitWork {
-  float* p = nullptr;        // [keys, lanes]
-  float* rescale = nullptr;  // [lanes]
-  PairBuffers buffers;
-  RowPrefetch* prefetch = nullptr;
-};
-
 /// K and V of a chunk of keys as parts, and what tiles of queries do with them. Rows that do not
 /// split (infinite, NaN, huge or tiny ones) are zeros to the tile unit, and their own products are
 /// done in f32: no row's values change the bits of what they have no part in.
 class SplitRows {
  public:
   SplitRows(const AttentionProblem& problem, const ForwardBlock& block, std::int64_t chunk_keys,
-            Scratch& scratch, const SplitWork& work)
+            Scratch& scratch, const TileWork& work)
       : problem_(problem),
         block_(block),
         work_(work),
@@ -331,7 +323,7 @@ class SplitRows {
 
   const AttentionProblem& problem_;
   const ForwardBlock& block_;
-  SplitWork work_;
+  TileWork work_;
   std::int64_t head_dim_;
   std::int64_t value_dim_;
   std::int64_t k_bytes_;

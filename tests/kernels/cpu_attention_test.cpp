@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/cpu/amx.hpp"
+#include "kernels/cpu/bf16_dots.hpp"
 #include "kernels/cpu/targets.hpp"
 // clang-format off
 #include "hwy/targets.h"
@@ -23,13 +24,15 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct Target {
   std::int64_t vectors = 0;
   bool amx = false;
+  bool dots = false;
 
   std::string name() const {
-    return std::string(hwy::TargetName(vectors)) + (amx ? " and AMX" : "");
+    return std::string(hwy::TargetName(vectors)) + (amx ? " and AMX" : dots ? " and dots" : "");
   }
 };
 
-// All that this processor runs, and the scalar fallback; the tile unit adds to AVX-512.
+// All that this processor runs, and the scalar fallback; the tile unit and the dot product of bf16
+// add to AVX-512.
 std::vector<Target> dispatch_targets() {
   hwy::SetSupportedTargetsForTest(0);
   std::vector<Target> targets{{HWY_STATIC_TARGET}};
@@ -38,6 +41,9 @@ std::vector<Target> dispatch_targets() {
     targets.push_back({left & -left});
     if (targets.back().vectors == HWY_AVX3 && kernels::cpu::has_amx()) {
       targets.push_back({HWY_AVX3, true});
+    }
+    if (targets.back().vectors == HWY_AVX3 && kernels::cpu::has_bf16_dots()) {
+      targets.push_back({HWY_AVX3, false, true});
     }
   }
   return targets;
@@ -50,11 +56,13 @@ class OnTarget {
     hwy::SetSupportedTargetsForTest(target.vectors);
     hwy::GetChosenTarget().Update(target.vectors);
     kernels::cpu::allow_amx(target.amx);
+    kernels::cpu::allow_bf16_dots(target.dots);
   }
   ~OnTarget() {
     hwy::SetSupportedTargetsForTest(0);
     hwy::GetChosenTarget().Update(hwy::SupportedTargets());
     kernels::cpu::allow_amx(true);
+    kernels::cpu::allow_bf16_dots(true);
   }
   OnTarget(const OnTarget&) = delete;
   OnTarget& operator=(const OnTarget&) = delete;

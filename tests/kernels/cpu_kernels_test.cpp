@@ -8,6 +8,7 @@
 
 #include "kernels/attention.hpp"
 #include "kernels/cpu/amx.hpp"
+#include "kernels/cpu/bf16_dots.hpp"
 #include "kernels/random_attention.hpp"
 #include "kernels/work_meter.hpp"
 
@@ -102,19 +103,22 @@ TEST(CpuSplitKeys, MatchesTheReferenceForDecodeAndShortQueries) {
                    static_cast<std::uint64_t>(seq_q));
       const Output reference = forward(c, "reference");
       const std::vector<double> rounding = rounding_of_weights(c);
-      for (const bool amx : {false, true}) {
-        kernels::cpu::allow_amx(amx);
+      for (const bool products : {false, true}) {
+        kernels::cpu::allow_amx(products);
+        kernels::cpu::allow_bf16_dots(products);
         const Output ours = forward(c, "cpu");
-        // Up to eight rows of a KV head keep weights in two parts on the tile unit, more in one.
-        const bool rounds = kernels::cpu::has_amx() && seq_q * 4 > 8;
+        // Up to eight rows of a KV head keep weights in f32, or in two parts on the tile unit.
+        const bool rounds =
+            (kernels::cpu::has_amx() || kernels::cpu::has_bf16_dots()) && seq_q * 4 > 8;
         for (std::size_t i = 0; i < rounding.size(); ++i) {
           ASSERT_NEAR(ours.o[i], reference.o[i], 2e-6 + (rounds ? rounding[i] : 0.0))
-              << seq_q << " " << seq_kv << " " << amx;
+              << seq_q << " " << seq_kv << " " << products;
         }
         // Sixteen roundings of a value near 9.
         EXPECT_LT(max_difference(ours.log_sum_exp, reference.log_sum_exp), 1e-5) << seq_q;
       }
       kernels::cpu::allow_amx(true);
+      kernels::cpu::allow_bf16_dots(true);
     }
   }
 }
