@@ -1,10 +1,12 @@
 #include "runtime/signals.hpp"
 
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <limits>
 
@@ -23,6 +25,7 @@ std::array<std::atomic<void (*)() noexcept>, 8> actions{};
 std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
 
 constexpr std::int64_t kLongPauseNs = 2'000'000'000;
+constexpr timespec kHold{.tv_sec = 2, .tv_nsec = 0};
 constexpr std::int64_t kRecentSteps = 16;
 constexpr std::int64_t kRecentNs = 5'000'000'000;
 
@@ -108,11 +111,24 @@ void end_by_fault(int signal) {
 
 void show(int signal) { report(signal, true); }
 
-void handle(int signal, void (*handler)(int), int flags) {
+/// A launcher that ends a job wakes what is stopped, then sends SIGTERM. The main thread waits for
+/// that: if it went on, MPI could join the launcher's fence that the others are leaving, and Open
+/// MPI 4.1's launcher crashes over that (PMIx completes the fence twice).
+void hold_when_late(int) {
+  const int kept_errno = errno;
+  if (gettid() != getpid()) {
+    static_cast<void>(tgkill(getpid(), getpid(), SIGCONT));
+  } else if (operation_log().paused_ns() > stalled_after_ns) {
+    nanosleep(&kHold, nullptr);
+  }
+  errno = kept_errno;
+}
+
+void handle(int signal, void (*handler)(int), int flags, bool interruptible = false) {
   struct sigaction action {};
   action.sa_handler = handler;
   action.sa_flags = flags;
-  sigfillset(&action.sa_mask);
+  if (!interruptible) sigfillset(&action.sa_mask);
   static_cast<void>(sigaction(signal, &action, nullptr));
 }
 
@@ -132,6 +148,7 @@ void install_signal_handlers() {
   use_own_stack();
   for (const int signal : {SIGTERM, SIGUSR1, SIGINT}) handle(signal, end_in_order, SA_RESTART);
   handle(SIGUSR2, show, SA_RESTART);
+  handle(SIGCONT, hold_when_late, SA_RESTART, true);
   handle(SIGXFSZ, SIG_IGN, 0);  // a limit on the size of files is then an error of the write
   if (__asan_init != nullptr || __tsan_init != nullptr) return;  // their own reports say more
   for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {

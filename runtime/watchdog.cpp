@@ -102,7 +102,17 @@ class Watchdog::Thread {
     set_stalled_after(timeout_seconds / 2);
     if (started_) return;
     started_ = true;
+    // A process may be stopped before its thread first runs.
+    looked_ns_ = now_ns();
+    operation_log().note_running();
+    // What signals.cpp does on SIGCONT is for the main thread.
+    sigset_t wake{};
+    sigset_t kept{};
+    sigemptyset(&wake);
+    sigaddset(&wake, SIGCONT);
+    pthread_sigmask(SIG_BLOCK, &wake, &kept);
     std::thread([this] { run(); }).detach();
+    pthread_sigmask(SIG_SETMASK, &kept, nullptr);
   }
 
   void connect(MpiHandle ranks) {
@@ -222,8 +232,7 @@ class Watchdog::Thread {
 
   void look() {
     const std::int64_t now = now_ns();
-    if (looked_ns_ != 0 && now - looked_ns_ > timeout_ns_ / 4)
-      patient_until_ns_ = now + timeout_ns_ / 4;
+    if (now - looked_ns_ > timeout_ns_ / 4) patient_until_ns_ = now + timeout_ns_ / 4;
     looked_ns_ = now;
     own_.sample(now);
     operation_log().note_running();
@@ -397,7 +406,7 @@ class Watchdog::Thread {
   std::mutex mutex_;                   // all below, between the thread and the callers
   bool started_ = false;
   std::int64_t timeout_ns_ = 0;
-  std::int64_t looked_ns_ = 0;         // the last time; 0: never
+  std::int64_t looked_ns_ = 0;         // the last time
   std::int64_t patient_until_ns_ = 0;  // no judgement before
   WatchedPeers watch_{0};
   OwnProgress own_;

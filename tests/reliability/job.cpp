@@ -67,6 +67,18 @@ bool has_token(const std::filesystem::path& process, const std::string& token) {
   return text.str().find("ANNULUS_TEST_JOB=" + token) != std::string::npos;
 }
 
+/// What a process does and which signals it has not taken: "State: T (stopped), SigPnd: 0...".
+std::string signs_of(pid_t process) {
+  std::istringstream status(content_of("/proc/" + std::to_string(process) + "/status"));
+  std::string result;
+  for (std::string line; std::getline(status, line);) {
+    for (const char* name : {"State:", "SigPnd:", "ShdPnd:"}) {
+      if (line.starts_with(name)) result += (result.empty() ? "" : ", ") + line;
+    }
+  }
+  return result;
+}
+
 std::string command_line(pid_t process) {
   std::string text = content_of("/proc/" + std::to_string(process) + "/cmdline");
   for (char& c : text) {
@@ -176,7 +188,7 @@ JobOutcome Job::wait() {
   // The launcher's helpers end a moment after it.
   for (int i = 0; i < 200 && !processes().empty(); ++i) std::this_thread::sleep_for(kPoll);
   for (const pid_t process : processes()) {
-    outcome.left_behind.push_back("process " + command_line(process));
+    outcome.left_behind.push_back("process " + command_line(process) + " " + signs_of(process));
   }
   for (const std::string& file : files_below(memory_)) outcome.left_behind.push_back(file);
   outcome.out = content_of(folder_.file("out"));
