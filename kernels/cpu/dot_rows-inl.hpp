@@ -17,6 +17,7 @@
 #include "kernels/cpu/logits_tile-inl.hpp"
 #include "kernels/cpu/pair_products-inl.hpp"
 #include "kernels/cpu/query_tile-inl.hpp"
+#include "kernels/cpu/run_products-inl.hpp"
 
 #if ANNULUS_PAIRS
 HWY_BEFORE_NAMESPACE();
@@ -84,35 +85,34 @@ class DotRows {
   /// One tile of Sᵀ = K·Qᵀ, its softmax, and Oᵀ = Oᵀ·rescale + Vᵀ·Pᵀ, for whole panels of eight
   /// keys around the run; weights outside it are 0.
   void add_run(QueryTile& tile, const KeyRun& run, std::int64_t first_key, std::size_t index) {
+    const RunPanels panels(tile, run, first_key);
     const std::int64_t keys = run.keys.size();
-    const std::int64_t before = first_key % 8;
-    const std::int64_t all = round_up(before + keys, 8);
-    const std::int64_t first = first_key - before;
-    gemm<Update::overwrite, Layout::panels, Elements::bf16_pairs>(
-        {all, tile.vectors, head_dim_ / 2}, {k_of(index) + first * head_dim_ / 2, 4 * head_dim_},
-        tile.q, kTileLanes, work_.p, kTileLanes, nullptr, work_.prefetch);
-    float* p = work_.p + before * kTileLanes;
-    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, work_.buffers,
-                       p);
+    const std::int64_t first = first_key - panels.before();
+    panels.multiply_queries<Elements::bf16_pairs>(
+        head_dim_ / 2, k_of(index) + first * head_dim_ / 2, tile.q, work_.p, work_.prefetch);
+    float* p = work_.p + panels.before() * kTileLanes;
+    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run, panels.edges()},
+                       work_.buffers, p);
     const float factor = logit_factor(problem_);
     const bool dropout = problem_.dropout.probability > 0.0F;
-    const bool skips = (!run.full || problem_.dense_mask || all != keys) && !finite_[index];
-    if (dropout || skips) {
+    const bool masked = !run.full || problem_.dense_mask || panels.all() != keys;
+    if (dropout || (masked && !finite_[index])) {
       softmax_tile(keys, tile.vectors, factor, p, tile.state, work_.rescale);
-      if (dropout) drop_weights(tile, run, p);
-      if (skips) {
+      drop_weights(problem_, block_.rows.batch, tile, run, work_.buffers, p);
+      if (masked && !finite_[index]) {
         load_values(run.keys);
         return add_kept_values(tile, value_dim_, keys, values_, p, work_.rescale);
       }
-      fill_outside(before, keys, all, 0.0F);
-      store_pairs(all, tile.vectors, work_.p, pairs());
+      panels.fill_outside(keys, 0.0F, work_.p);
+      store_pairs(panels.all(), tile.vectors, work_.p, pairs());
     } else {
-      fill_outside(before, keys, all, kMinusInfinity);
-      softmax_pairs(all, tile.vectors, factor, work_.p, tile.state, work_.rescale, pairs());
+      panels.fill_outside(keys, kMinusInfinity, work_.p);
+      softmax_pairs(panels.all(), tile.vectors, factor, work_.p, tile.state, work_.rescale,
+                    pairs());
     }
-    gemm<Update::rescale, Layout::panels, Elements::bf16_pairs>(
-        {value_dim_, tile.vectors, all / 2}, {v_of(index) + first / 2 * 8, 8 * kKeyTile / 2},
-        weights_, kTileLanes, tile.o, kTileLanes, work_.rescale, work_.prefetch);
+    panels.add_values<Elements::bf16_pairs>(value_dim_, v_of(index) + first / 2 * 8,
+                                            8 * kKeyTile / 2, weights_, tile.o, work_.rescale,
+                                            work_.prefetch);
   }
 
  private:
@@ -137,18 +137,6 @@ class DotRows {
     const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
     if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
     load_pairs(view, at, to);
-  }
-
-  // Of `all` keys those before and after a run.
-  void fill_outside(std::int64_t before, std::int64_t keys, std::int64_t all, float value) const {
-    std::fill_n(work_.p, before * kTileLanes, value);
-    std::fill(work_.p + (before + keys) * kTileLanes, work_.p + all * kTileLanes, value);
-  }
-
-  void drop_weights(const QueryTile& tile, const KeyRun& run, float* p) const {
-    load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
-                      work_.buffers.factor);
-    multiply_tile(run.keys.size(), tile.vectors, work_.buffers.factor, p);
   }
 
   // V of some keys in f32, in panels of its columns from the first of them on.

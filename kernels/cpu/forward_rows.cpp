@@ -19,6 +19,7 @@
 #include "kernels/cpu/logits_tile-inl.hpp"
 #include "kernels/cpu/query_tile-inl.hpp"
 #include "kernels/cpu/split_rows-inl.hpp"
+#include "kernels/cpu/vector_rows-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
@@ -43,28 +44,22 @@ class ForwardRows {
         splits_(splits_on_amx(problem_.q.dtype)),
         dots_(uses_bf16_dots(problem_.q.dtype)) {
     const std::int64_t chunk = packed_keys(block.rows);
-    if (!splits_ && !dots_) {
-      k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
-      v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
-    }
 #if ANNULUS_AMX
-    if (amx_) take_amx(scratch);
+    if (amx_) take_amx(chunk, scratch);
 #endif
     p_ = scratch.take(kKeyTile * kTileLanes);
     rescale_ = scratch.take(kTileLanes);
     row_ = scratch.take(std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride_, v_stride_));
     buffers_ = {scratch.take(kPairRowsFloats), scratch.take(kKeyTile * kTileLanes),
                 scratch.take(kKeyTile * kTileLanes), scratch.take(kKeyTile * kTileLanes), nullptr};
+    const TileWork work{p_, rescale_, buffers_, &prefetch_};
 #if ANNULUS_AMX
-    if (splits_) {
-      split_.emplace(problem_, block, chunk, scratch, TileWork{p_, rescale_, buffers_, &prefetch_});
-    }
+    if (splits_) split_.emplace(problem_, block, chunk, scratch, work);
 #endif
 #if ANNULUS_PAIRS
-    if (dots_) {
-      dot_.emplace(problem_, block, chunk, scratch, TileWork{p_, rescale_, buffers_, &prefetch_});
-    }
+    if (dots_) dot_.emplace(problem_, block, chunk, scratch, work);
 #endif
+    if (!amx_ && !splits_ && !dots_) vector_.emplace(problem_, block, chunk, scratch, work);
     carried_.emplace(call, block, row_, rescale_);
     for (std::int64_t row = 0; row < block.rows.rows();) {
       tiles_.push_back(make_tile(row, scratch));
@@ -118,7 +113,10 @@ class ForwardRows {
 #if ANNULUS_PAIRS
     if (uses_bf16_dots(problem.q.dtype)) return DotRows::scratch_floats(problem, keys);
 #endif
-    return keys * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim()));
+    if (uses_amx(problem.q.dtype)) {
+      return keys * (packed_dim(problem.head_dim()) + packed_dim(problem.value_dim()));
+    }
+    return VectorRows::scratch_floats(problem, keys);
   }
 
   static std::int64_t split_query_floats([[maybe_unused]] const AttentionProblem& problem) {
@@ -164,17 +162,7 @@ class ForwardRows {
 #if ANNULUS_PAIRS
     if (dot_) return dot_->load_queries(tile);
 #endif
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      float* row = row_ + lane * k_stride_;
-      load_row(problem_.q.data, problem_.q.dtype,
-               row_offset(problem_.q, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]),
-               problem_.head_dim(), row);
-      if (problem_.scale < 0.0F) {
-        for (std::int64_t d = 0; d < problem_.head_dim(); ++d) row[d] = -row[d];
-      }
-    }
-    transpose(row_, k_stride_, kTileLanes, problem_.head_dim(), tile.q, kTileLanes);
+    vector_->load_queries(tile);
   }
 
   void add_chunk(Span chunk) {
@@ -186,8 +174,9 @@ class ForwardRows {
       if (chunk.begin == block_.rows.keys.begin) start_tiles(together);
       prefetch_rows(together, problem_.q, together.size());
       if (call_.o) prefetch_rows(together, call_.o, 0);
-      for (std::size_t i = 0; i < packed_.size(); ++i) {
-        const std::int64_t key = chunk.begin + static_cast<std::int64_t>(i) * kKeyTile;
+      const Span seen = keys_seen(together, chunk);
+      for (std::int64_t key = seen.begin; key < seen.end; key += kKeyTile) {
+        const auto i = static_cast<std::size_t>((key - chunk.begin) / kKeyTile);
         add_keys(together, i, intersect(chunk, {key, key + kKeyTile}));
       }
 #if ANNULUS_AMX
@@ -196,6 +185,21 @@ class ForwardRows {
       if (chunk.end != block_.rows.keys.end) continue;
       for (QueryTile& tile : together) carried_->end(tile);
     }
+  }
+
+  // Keys of a chunk, in whole tiles of it, outside of which no slice keeps any for these tiles.
+  Span keys_seen(std::span<const QueryTile> tiles, Span chunk) const {
+    const Span queries{tiles.front().rows.queries.begin, tiles.back().rows.queries.end};
+    Span seen;
+    for (const Slice& slice : slices_) {
+      const Slice part = clip(slice, queries, chunk);
+      if (part.q.empty() || part.k.empty()) continue;
+      seen = seen.empty()
+                 ? part.k
+                 : Span{std::min(seen.begin, part.k.begin), std::max(seen.end, part.k.end)};
+    }
+    if (seen.empty()) return seen;
+    return {seen.begin - (seen.begin - chunk.begin) % kKeyTile, seen.end};
   }
 
   void start_tiles(std::span<QueryTile> tiles) {
@@ -219,9 +223,6 @@ class ForwardRows {
   }
 
   void add_keys(std::span<QueryTile> tiles, std::size_t index, Span keys) {
-    const std::int64_t offset = static_cast<std::int64_t>(index) * kKeyTile;
-    const float* k = k_ + offset * packed_dim(problem_.head_dim());
-    const float* v = v_ + offset * packed_dim(problem_.value_dim());
     for (QueryTile& tile : tiles) {
       for (const KeyRun& run : runs_.find(slices_, tile.rows.queries, keys)) {
         if (!packed_[index]) pack_keys(keys, index);
@@ -242,16 +243,12 @@ class ForwardRows {
           continue;
         }
 #endif
-        add_run(tile, run, run.keys.begin - keys.begin, k, v);
+        vector_->add_run(tile, run, run.keys.begin - keys.begin, index);
       }
     }
   }
 
-  // K of a tile in panels of keys, [keys / 8, head_dim, 8]; V in panels of its columns,
-  // [value_dim / 8, keys, 8]. Keys beyond the last are zeros: their products are computed and never
-  // read.
   void pack_keys(Span keys, std::size_t index) {
-    const std::int64_t offset = static_cast<std::int64_t>(index) * kKeyTile;
     for (const ConstTensorView* view : {&problem_.k, &problem_.v}) {
       const Span next = intersect(block_.rows.keys, {keys.end, keys.end + kKeyTile});
       prefetch_.add(RowPrefetch::Order::first, *view,
@@ -265,63 +262,15 @@ class ForwardRows {
 #if ANNULUS_PAIRS
     if (dot_) return dot_->pack(keys, index);
 #endif
-    const std::int64_t head_dim = problem_.head_dim();
-    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
-      const std::int64_t i = key - keys.begin;
-      load_key_row(problem_.k, keys, key, row_ + i % 8 * k_stride_);
-      if (i % 8 == 7 || key + 1 == keys.end) {
-        const std::int64_t empty = 7 - i % 8;
-        std::fill_n(row_ + (8 - empty) * k_stride_, empty * k_stride_, 0.0F);
-        transpose(row_, k_stride_, 8, head_dim,
-                  k_ + offset * packed_dim(head_dim) + i / 8 * 8 * head_dim, 8);
-      }
-    }
-    for (std::int64_t key = keys.begin; key < keys.end; ++key) {
-      load_key_row(problem_.v, keys, key, row_);
-      store_in_panels(row_, problem_.value_dim(), kKeyTile, key - keys.begin,
-                      v_ + offset * packed_dim(problem_.value_dim()));
-    }
-  }
-
-  void load_key_row(const ConstTensorView& view, Span keys, std::int64_t key, float* to) {
-    const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
-    if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
-    load_row(view.data, view.dtype, at, view.shape[3], to);
-  }
-
-  // One tile of Sᵀ = K·Qᵀ, its softmax, and Oᵀ = Oᵀ·rescale + Vᵀ·Pᵀ. The product takes whole panels
-  // of keys around the run.
-  void add_run(QueryTile& tile, const KeyRun& run, std::int64_t first_key, const float* k,
-               const float* v) {
-    const std::int64_t keys = run.keys.size();
-    const std::int64_t before = first_key % 8;
-    const std::int64_t head_dim = problem_.head_dim();
-    float* p = p_ + before * kTileLanes;
-    gemm<Update::overwrite, Layout::panels>({round_up(before + keys, 8), tile.vectors, head_dim},
-                                            {k + (first_key - before) * head_dim, 8 * head_dim},
-                                            tile.q, kTileLanes, p_, kTileLanes, nullptr,
-                                            &prefetch_);
-    products_to_logits({problem_, block_.rows.batch, tile.rows, tile.vectors, run}, buffers_, p);
-    softmax_tile(keys, tile.vectors, logit_factor(problem_), p, tile.state, rescale_);
-    if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
-    if ((!run.full || problem_.dense_mask) && !values_are_finite(keys, v + first_key * 8)) {
-      return add_kept_values(tile, problem_.value_dim(), keys, v + first_key * 8, p, rescale_);
-    }
-    gemm<Update::rescale, Layout::panels>({problem_.value_dim(), tile.vectors, keys},
-                                          {v + first_key * 8, 8 * kKeyTile}, p, kTileLanes, tile.o,
-                                          kTileLanes, rescale_, &prefetch_);
-  }
-
-  void drop_weights(const QueryTile& tile, const KeyRun& run, float* p) {
-    load_dropout_tile(problem_.dropout, block_.rows.batch, tile.rows, tile.vectors, run.keys,
-                      buffers_.factor);
-    multiply_tile(run.keys.size(), tile.vectors, buffers_.factor, p);
+    vector_->pack(keys, index);
   }
 
 #if ANNULUS_AMX
   static constexpr std::int64_t kKeySteps = kKeyTile / kAmxDepth;
 
-  void take_amx(Scratch& scratch) {
+  void take_amx(std::int64_t chunk, Scratch& scratch) {
+    k_ = scratch.take(chunk * packed_dim(problem_.head_dim()));
+    v_ = scratch.take(chunk * packed_dim(problem_.value_dim()));
     const std::int64_t depth = round_up(std::max(problem_.head_dim(), problem_.value_dim()), 32);
     pairs_ = reinterpret_cast<std::uint32_t*>(scratch.take(kKeyTile / 2 * kTileLanes));
     products_ = scratch.take(2 * kAmxRows * kTileLanes);
@@ -404,7 +353,7 @@ class ForwardRows {
     const bool edges = !run.full || problem_.dense_mask || all != keys;
     if (problem_.dropout.probability > 0.0F || (edges && !finite_[index])) {
       softmax_tile(keys, tile.vectors, factor, p, tile.state, rescale_);
-      if (problem_.dropout.probability > 0.0F) drop_weights(tile, run, p);
+      drop_weights(problem_, block_.rows.batch, tile, run, buffers_, p);
       if (edges && !finite_[index]) {
         load_values(run.keys);
         return add_kept_values(tile, problem_.value_dim(), keys, values_, p, rescale_);
@@ -444,26 +393,17 @@ class ForwardRows {
   // V of some keys in f32, in panels of its columns from the first of them on.
   void load_values(Span keys) {
     for (std::int64_t key = keys.begin; key < keys.end; ++key) {
-      load_key_row(problem_.v, keys, key, row_);
+      load_key_row(problem_.v, block_.rows, keys, key, row_);
       store_in_panels(row_, problem_.value_dim(), kKeyTile, key - keys.begin, values_);
     }
   }
 #endif
-
-  bool values_are_finite(std::int64_t keys, const float* v) const {
-    for (std::int64_t column = 0; column < problem_.value_dim(); column += 8) {
-      if (!all_finite(v + column * kKeyTile, keys * 8)) return false;
-    }
-    return true;
-  }
 
   const ForwardCall& call_;
   const AttentionProblem& problem_;
   const ForwardBlock& block_;
   std::int64_t k_stride_;
   std::int64_t v_stride_;
-  float* k_ = nullptr;        // [key tiles, keys / 8, head_dim, 8]
-  float* v_ = nullptr;        // [key tiles, value_dim / 8, keys, 8]
   float* p_ = nullptr;        // [keys, lanes]
   float* rescale_ = nullptr;  // [lanes]
   float* row_ = nullptr;      // [lanes, head_dim or value_dim]
@@ -475,6 +415,8 @@ class ForwardRows {
 #endif
 #if ANNULUS_AMX
   std::optional<SplitRows> split_;      // where splits_
+  float* k_ = nullptr;                  // [key tiles], left operands
+  float* v_ = nullptr;                  // [key tiles], left operands
   std::uint32_t* pairs_ = nullptr;      // [keys / 2, lanes]
   float* products_ = nullptr;           // [32, lanes]
   std::uint16_t* half_rows_ = nullptr;  // [32, dim]
@@ -482,6 +424,7 @@ class ForwardRows {
   float* values_ = nullptr;             // [value_dim / 8, keys, 8]
 #endif
   PairBuffers buffers_;
+  std::optional<VectorRows> vector_;  // where none of the others
   std::optional<CarriedRows> carried_;
   RowPrefetch prefetch_;
   std::vector<bool> packed_;  // by key tile of the chunk

@@ -8,6 +8,7 @@
 #endif
 
 #include <cstdint>
+#include <span>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/row_prefetch.hpp"
@@ -133,6 +134,87 @@ HWY_NOINLINE void gemm_panel(std::int64_t steps, const float* HWY_RESTRICT a,
   }
 }
 
+/// Steps of a product in which only some consecutive vectors take part.
+struct StepRun {
+  std::int64_t steps = 0;
+  std::int64_t first_vector = 0;
+  std::int64_t vectors = 0;
+};
+
+// sum += A·B for some steps of vectors [kFirst, kFirst + kCount).
+template <int kFirst, int kCount, Layout kLayout, Elements kElements, int kVectors>
+HWY_INLINE void add_steps(std::int64_t steps, const float* HWY_RESTRICT a,
+                          const float* HWY_RESTRICT b, std::int64_t ldb,
+                          FloatVec (&sum)[kPanelRows][kVectors]) {
+  const Floats d;
+  if constexpr (kFirst + kCount <= kVectors) {
+    for (std::int64_t step = 0; step < steps; ++step) {
+      FloatVec row_b[kCount];
+      HWY_UNROLL(3)
+      for (int v = 0; v < kCount; ++v) row_b[v] = hn::Load(d, b + (kFirst + v) * kLanes);
+      HWY_UNROLL(8)
+      for (int r = 0; r < kPanelRows; ++r) {
+        const FloatVec element = hn::Set(d, a[r * kRowStride<kLayout>]);
+        HWY_UNROLL(3)
+        for (int v = 0; v < kCount; ++v) {
+          sum[r][kFirst + v] = add_product<kElements>(element, row_b[v], sum[r][kFirst + v]);
+        }
+      }
+      a += kStepStride<kLayout>;
+      b += ldb;
+    }
+  }
+}
+
+// As gemm_panel with Update::rescale.
+template <int kVectors, Layout kLayout, Elements kElements>
+HWY_NOINLINE void gemm_panel_runs(std::span<const StepRun> runs, const float* HWY_RESTRICT a,
+                                  const float* HWY_RESTRICT b, std::int64_t ldb,
+                                  float* HWY_RESTRICT c, std::int64_t ldc,
+                                  const float* HWY_RESTRICT factor) {
+  const Floats d;
+  FloatVec sum[kPanelRows][kVectors];
+  HWY_UNROLL(8)
+  for (int r = 0; r < kPanelRows; ++r) {
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::Zero(d);
+  }
+  for (const StepRun& run : runs) {
+    switch (4 * run.first_vector + run.vectors) {
+      case 3:
+        add_steps<0, 3, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      case 2:
+        add_steps<0, 2, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      case 1:
+        add_steps<0, 1, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      case 6:
+        add_steps<1, 2, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      case 5:
+        add_steps<1, 1, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      case 9:
+        add_steps<2, 1, kLayout, kElements>(run.steps, a, b, ldb, sum);
+        break;
+      default:
+        break;
+    }
+    a += run.steps * kStepStride<kLayout>;
+    b += run.steps * ldb;
+  }
+  HWY_UNROLL(8)
+  for (int r = 0; r < kPanelRows; ++r) {
+    HWY_UNROLL(3)
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + r * ldc + v * kLanes;
+      hn::Store(hn::MulAdd(hn::Load(d, at), hn::Load(d, factor + v * kLanes), sum[r][v]), d, at);
+    }
+  }
+}
+
 /// The left operand: eight rows lie at `data + (row / 8)·panel_stride`.
 struct GemmA {
   const float* data = nullptr;
@@ -170,6 +252,22 @@ void gemm(const GemmShape& shape, const GemmA& a, const float* b, std::int64_t l
     b += vectors * kLanes;
     c += vectors * kLanes;
     if (factor != nullptr) factor += vectors * kLanes;
+  }
+}
+
+/// As gemm with Update::rescale for at most kTileVectors vectors, where step runs leave out vectors
+/// for which A·B is 0.
+template <Layout kLayout, Elements kElements = Elements::f32>
+void gemm_runs(std::int64_t rows, std::int64_t vectors, std::span<const StepRun> runs,
+               const GemmA& a, const float* b, std::int64_t ldb, float* c, std::int64_t ldc,
+               const float* factor, RowPrefetch* prefetch) {
+  const auto panel = vectors == 3   ? gemm_panel_runs<3, kLayout, kElements>
+                     : vectors == 2 ? gemm_panel_runs<2, kLayout, kElements>
+                                    : gemm_panel_runs<1, kLayout, kElements>;
+  for (std::int64_t row = 0; row < rows; row += kPanelRows) {
+    panel(runs, a.data + row / 8 * a.panel_stride + row % 8 * kRowStride<kLayout>, b, ldb,
+          c + row * ldc, ldc, factor);
+    prefetch->step();
   }
 }
 

@@ -32,6 +32,7 @@ struct LogitsTile {
   const TileRows& rows;
   std::int64_t vectors = 0;
   const KeyRun& run;
+  const RunEdges* edges = nullptr;  // of the run, where its products leave out what no lane sees
 };
 
 /// What a value of the tile times this is a logit; the sign of the scale sits in packed Q.
@@ -59,7 +60,9 @@ inline void products_to_logits(const LogitsTile& tile, const PairBuffers& buffer
                    buffers.kept);
     drop_tile(keys, tile.vectors, buffers.kept, s);
   }
-  if (!tile.run.full) {
+  if (tile.edges != nullptr) {
+    drop_outside(*tile.edges, keys, tile.vectors, s);
+  } else if (!tile.run.full) {
     fill_kept(tile.run, tile.rows, tile.vectors, buffers.kept);
     drop_tile(keys, tile.vectors, buffers.kept, s);
   }

@@ -39,6 +39,22 @@ struct TileWork {
   RowPrefetch* prefetch = nullptr;
 };
 
+/// p ← p·(what dropout keeps), where there is dropout.
+inline void drop_weights(const AttentionProblem& problem, std::int64_t batch, const QueryTile& tile,
+                         const KeyRun& run, const PairBuffers& buffers, float* p) {
+  if (problem.dropout.probability <= 0.0F) return;
+  load_dropout_tile(problem.dropout, batch, tile.rows, tile.vectors, run.keys, buffers.factor);
+  multiply_tile(run.keys.size(), tile.vectors, buffers.factor, p);
+}
+
+/// Row `key` of K or V of a block, and the row a few later asked for.
+inline void load_key_row(const ConstTensorView& view, const RowBlock& rows, Span keys,
+                         std::int64_t key, float* to) {
+  const std::int64_t at = row_offset(view, rows.batch, key, rows.kv_head);
+  if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
+  load_row(view.data, view.dtype, at, view.shape[3], to);
+}
+
 /// o ← o·rescale + Vᵀ·p, bit for bit as the product, without the terms of weight 0. `v` in panels
 /// of its columns, [value_dim / 8, keys of a tile, 8].
 inline void add_kept_values(QueryTile& tile, std::int64_t value_dim, std::int64_t keys,

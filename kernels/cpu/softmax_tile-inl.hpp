@@ -7,6 +7,7 @@
 #define ANNULUS_CPU_SOFTMAX_TILE_INL
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -92,6 +93,61 @@ inline void fill_kept(const KeyRun& run, const TileRows& rows, std::int64_t vect
       const FloatVec one = hn::IfThenElseZero(hn::RebindMask(d, inside), hn::Set(d, 1.0F));
       hn::Store(i == 0 ? one : hn::Max(one, hn::Load(d, at)), d, at);
     });
+  }
+}
+
+/// Where the keys that a run's only slice keeps begin and end, counted from the run's first key.
+struct RunEdges {
+  alignas(64) std::int32_t begin[kTileLanes];
+  alignas(64) std::int32_t end[kTileLanes];
+  Span seen[kTileVectors];  // by some lane of a vector
+  Span common;              // by every lane
+
+  RunEdges(const KeyRun& run, const TileRows& rows, std::int64_t vectors)
+      : common{0, run.keys.size()} {
+    for (std::int64_t lane = 0; lane < vectors * kLanes; ++lane) {
+      const Span span = keys_in_run(run, run.slices[0], rows.query[static_cast<std::size_t>(lane)]);
+      begin[lane] = static_cast<std::int32_t>(span.begin);
+      end[lane] = static_cast<std::int32_t>(span.end);
+      common = intersect(common, span);
+      Span& of_vector = seen[lane / kLanes];
+      if (span.empty()) continue;
+      of_vector = of_vector.empty() ? span
+                                    : Span{std::min(of_vector.begin, span.begin),
+                                           std::max(of_vector.end, span.end)};
+    }
+  }
+
+  /// The vectors that see some of these keys, and those between them.
+  Span vectors_of(Span keys) const {
+    Span vectors;
+    for (std::int64_t v = 0; v < kTileVectors; ++v) {
+      if (intersect(seen[v], keys).empty()) continue;
+      vectors = {vectors.empty() ? v : vectors.begin, v + 1};
+    }
+    return vectors;
+  }
+};
+
+/// s ← −inf outside the only slice of a run.
+inline void drop_outside(const RunEdges& edges, std::int64_t keys, std::int64_t vectors,
+                         float* HWY_RESTRICT s) {
+  const Floats d;
+  const hn::RebindToSigned<Floats> di;
+  for (std::int64_t key = 0; key < keys; ++key) {
+    if (edges.common.contains(key)) {
+      key = edges.common.end - 1;
+      continue;
+    }
+    const auto index = hn::Set(di, static_cast<std::int32_t>(key));
+    for (std::int64_t v = 0; v < vectors; ++v) {
+      const auto inside = hn::AndNot(hn::Lt(index, hn::Load(di, edges.begin + v * kLanes)),
+                                     hn::Lt(index, hn::Load(di, edges.end + v * kLanes)));
+      float* at = s + key * kTileLanes + v * kLanes;
+      hn::Store(
+          hn::IfThenElse(hn::RebindMask(d, inside), hn::Load(d, at), hn::Set(d, kMinusInfinity)), d,
+          at);
+    }
   }
 }
 
