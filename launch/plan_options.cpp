@@ -171,13 +171,17 @@ PlannedAttention plan_attention(const PlanOptions& options) {
                               options.seq_q, seq_kv);
   request->q_layout =
       layout_of(options.layout, request->mask, request->batch, options.seq_q, ranks);
+  if (options.reproducible) {
+    request->block_rows = reproducible_block_rows(seq_kv);
+    request->q_block_rows = reproducible_query_rows(options.seq_q);
+    request->q_layout = request->q_layout.aligned(request->q_block_rows);
+  }
   request->kv_layout =
       options.seq_q == seq_kv ? request->q_layout : SequenceLayout::contiguous(seq_kv, ranks);
   request->q_heads = head_parts.q_heads(0).size();
   request->kv_heads = head_parts.kv_heads(0).size();
   request->group_size = head_parts.groups(0).group_size;
   request->q_head_offset = head_parts.groups(0).q_head_offset;
-  if (options.reproducible) request->block_rows = reproducible_block_rows(seq_kv);
 
   PlannedAttention planned{
       request, {}, parse_rates(options.rates), mesh.to_string(), mesh.ranks() / ranks};

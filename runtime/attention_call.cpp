@@ -162,11 +162,16 @@ void AttentionCall::plan() {
   request.node_ranks =
       head_ranks(context_, setup_->mesh().group(rank_, setup_->sequence_axes), request.q_heads);
   request.stage_rows = operation_.tuning().stage_rows;
-  if (options_.reproducible) request.block_rows = reproducible_block_rows(shape.seq_kv);
+  if (options_.reproducible) {
+    request.block_rows = reproducible_block_rows(shape.seq_kv);
+    request.q_block_rows = reproducible_query_rows(shape.seq_q);
+  }
   if (!whole) {
     plan_.emplace(operation_.choose(std::move(request), shape), part);
     return;
   }
+  request.kv_layout = SequenceLayout::contiguous(shape.seq_kv, setup_->q_rows.ranks());
+  gradient_plan_.emplace(std::make_shared<const PlanRequest>(request), part);
   // The grid of blocks is walked by a ring in which this rank holds all keys, needs nobody and
   // nobody needs it.
   request.mask = rows_of(mask_, runs, shape.seq_kv);
@@ -438,7 +443,9 @@ void AttentionCall::backward(BackwardCall& call) {
   call.problem = problem();
   ExecutionReport execution;
   const ExecuteOptions options = execute_options(execution);
-  if (plan_) {
+  if (gradient_plan_) {
+    backward_over_blocks(call, options);
+  } else if (plan_) {
     const auto begin = std::chrono::steady_clock::now();
     execute_backward(kernel_ranks(), *plan_, call, options);
     finish_on_device(execution, begin);
@@ -450,6 +457,19 @@ void AttentionCall::backward(BackwardCall& call) {
     execution.compute_seconds = seconds_since(begin);
   }
   account(execution);
+}
+
+// Of the keys that all ranks hold, each has the gradients of its share, summed over all queries;
+// the others' it leaves as they are.
+void AttentionCall::backward_over_blocks(BackwardCall& call, const ExecuteOptions& options) {
+  const std::span<const RowRun> runs = gradient_plan_->kv_layout().runs(gradient_plan_->group());
+  const Span rows = runs.empty() ? Span{0, 0} : runs.front().global;
+  BackwardCall dealt = call;
+  dealt.problem.k = call.problem.k.slice(1, rows);
+  dealt.problem.v = call.problem.v.slice(1, rows);
+  dealt.grad_k = call.grad_k.slice(1, rows);
+  dealt.grad_v = call.grad_v.slice(1, rows);
+  execute_backward(kernel_ranks(), *gradient_plan_, dealt, options);
 }
 
 void AttentionCall::weights(const TensorView& weights) {

@@ -70,6 +70,7 @@ class AttentionCall {
   /// The sequence group that moves what the kernels read: device memory where that is.
   Communicator& kernel_ranks() const;
   void plan();
+  void backward_over_blocks(BackwardCall& call, const ExecuteOptions& options);
   void state(Statement& statement) const;
   WorkingInput bring_pairs(const DistributedTensor* from, const std::optional<TensorLayout>& to,
                            DType dtype);
@@ -94,6 +95,8 @@ class AttentionCall {
   MaskSlices local_mask_;               // its rows against all keys, where keys are whole
   std::vector<PositionRun> positions_;  // of its query rows
   std::optional<AttentionPlan> plan_;   // where keys are dealt, or blocks of them are merged
+  // Where keys are whole and blocks are merged: the gradients of keys, dealt to the ranks.
+  std::optional<AttentionPlan> gradient_plan_;
   OperationReport report_;
 
   WorkingInput query_;

@@ -3,6 +3,7 @@
 #include "kernels/error.hpp"
 #include "runtime/attention_call.hpp"
 #include "runtime/gradient_sum.hpp"
+#include "sharding/block_forward.hpp"
 
 namespace annulus {
 namespace {
@@ -122,7 +123,12 @@ OperationGradients AttentionOperation::backward(const AttentionInputs& inputs,
   if (layouts.bias) {
     gradients.bias = call.leave(sum.bias(std::move(grad_bias)), inputs.bias->layout());
   }
-  if (layouts.sinks) {
+  if (layouts.sinks && options.reproducible) {
+    gradients.sinks = call.leave(
+        sum.sinks_over_blocks(problem.sinks, log_sum_exp.view, std::as_const(delta).view(),
+                              reproducible_query_rows(call.setup().shape.seq_q)),
+        inputs.sinks->layout());
+  } else if (layouts.sinks) {
     Tensor grad_sinks = cleared(call, problem.sinks.shape);
     attention_sink_gradient(problem.sinks, log_sum_exp.view, std::as_const(delta).view(),
                             grad_sinks.view());

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "sharding/block_forward.hpp"
 #include "sharding/cost_model.hpp"
 
 namespace annulus {
@@ -268,6 +269,11 @@ AttentionSetup make_setup(const OperationMetadata& metadata, const AttentionShap
                        .heads = HeadLayout(shape.q_heads, shape.kv_heads, mesh.size(head_axes)),
                        .layouts = {none, none, none, none, none, none, {}, {}, {}},
                        .key_rows = key_rows};
+  if (options.reproducible) {
+    const bool together = setup.q_rows == setup.kv_rows;
+    setup.q_rows = setup.q_rows.aligned(reproducible_query_rows(shape.seq_q));
+    if (together) setup.kv_rows = setup.q_rows;
+  }
   const LayoutBuilder build(setup, mesh);
   AttentionLayouts& layouts = setup.layouts;
   layouts.query = build.rows(shape.head_dim);

@@ -19,9 +19,15 @@ class GradientSum {
   DistributedTensor bias(Tensor gradient) const;
   /// [q_heads], shaped as the sinks are.
   DistributedTensor sinks(Tensor gradient) const;
+  /// The same from log-sum-exp and delta [batch, q_heads, rows], of whole blocks of a grid of query
+  /// rows: its bits do not depend on which rank has which of them.
+  DistributedTensor sinks_over_blocks(const ConstTensorView& sinks,
+                                      const ConstTensorView& log_sum_exp,
+                                      const ConstTensorView& delta, std::int64_t block_rows) const;
 
  private:
   void over(Communicator& ranks, Tensor& gradient) const;
+  DistributedTensor as_sinks(Tensor gradient) const;
   DistributedTensor over_shared_heads(Tensor gradient, const TensorLayout& layout) const;
 
   const AttentionCall& call_;

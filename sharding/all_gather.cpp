@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "sharding/backward_pass.hpp"
 #include "sharding/execution_accounting.hpp"
 #include "sharding/gradient_return.hpp"
 #include "sharding/kv_feed.hpp"
@@ -146,28 +147,31 @@ void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const B
   const bool returns = stage != nullptr && stage->number > 0;
   std::unique_ptr<GradientReturn> before;
   std::int64_t return_bytes = 0;
+  std::int64_t pass_bytes = 0;
   for (std::int64_t head = 0; head < local.problem.kv_heads(); ++head) {
     const BackwardCall call = call_of_head(local, plan, head);
-    BackwardPass pass(call, plan.q_layout().runs(plan.group()), options);
+    const std::unique_ptr<BackwardPass> pass = make_backward_pass(call, plan, options);
     const KvFeed& feed = [&]() -> KvFeed& {
       const ScopedTimer timer(accounting.exposed_seconds());
       const RecordedSpan span(options.recorder, StageRecord::Kind::wait, static_cast<int>(head));
       return feeds.at(head);
     }();
     if (stage == nullptr) continue;
-    auto back = std::make_unique<GradientReturn>(ranks, plan, call.grad_k, call.grad_v, false,
-                                                 local.stream);
-    const KvViews gradients = returns ? back->gradients(*stage) : KvViews{call.grad_k, call.grad_v};
+    auto back = std::make_unique<GradientReturn>(ranks, plan, call, false);
+    back->prepare(*stage);
     {
       const RecordedSpan span(options.recorder, StageRecord::Kind::compute, static_cast<int>(head));
-      for (const StagePart& part : backward_parts(*stage, call.problem, false)) {
+      for (const StagePart& part : backward_parts(*stage, call.problem, plan, false)) {
         const auto [k, v] = feed.views(*stage, part);
-        pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
-                 gradients.v.slice(0, part.batch).slice(1, part.rows));
+        pass->add(*stage, part, k, v, *back);
         feeds.progress();
       }
     }
-    if (!returns) continue;
+    pass_bytes = std::max(pass_bytes, pass->buffer_bytes());
+    if (!returns) {
+      return_bytes = std::max(return_bytes, back->buffer_bytes());
+      continue;
+    }
     const ScopedTimer timer(accounting.exposed_seconds());
     const RecordedSpan span(options.recorder, StageRecord::Kind::reduction,
                             static_cast<int>(head) - 1);
@@ -178,8 +182,11 @@ void all_gather_backward(Communicator& ranks, const AttentionPlan& plan, const B
     before->start(*stage);
     return_bytes = std::max(return_bytes, before->buffer_bytes());
   }
-  if (before != nullptr) before->finish(*stage);
-  accounting.close(feeds.buffer_bytes() + return_bytes);
+  if (before != nullptr) {
+    before->finish(*stage);
+    return_bytes = std::max(return_bytes, before->buffer_bytes());
+  }
+  accounting.close(feeds.buffer_bytes() + return_bytes + pass_bytes);
 }
 
 }  // namespace annulus

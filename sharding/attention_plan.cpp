@@ -50,7 +50,7 @@ std::uint64_t digest(const PlanRequest& request) {
   for (const std::int64_t field :
        {static_cast<std::int64_t>(request.scheme), request.batch, request.q_heads, request.kv_heads,
         request.group_size, request.q_head_offset, std::int64_t{request.node_ranks},
-        request.stage_rows, request.block_rows}) {
+        request.stage_rows, request.block_rows, request.q_block_rows}) {
     digest.add(field);
   }
   digest.add(request.q_layout);
@@ -70,6 +70,21 @@ int head_ranks_of(const PlanRequest& request) {
   return request.scheme == Scheme::hybrid ? request.node_ranks : 1;
 }
 
+void check_blocks(const PlanRequest& request) {
+  const std::string_view scheme = name(request.scheme);
+  const std::int64_t block = request.q_block_rows;
+  require(request.block_rows > 0, ExitCode::internal, "{}: a grid of queries, but none of keys",
+          scheme);
+  for (const SequenceLayout::Chunk& chunk : request.q_layout.chunks()) {
+    const Span rows = chunk.global;
+    const bool whole =
+        rows.begin % block == 0 && (rows.end % block == 0 || rows.end == request.q_layout.seq());
+    require(whole, ExitCode::usage,
+            "{}: queries {} to {} of rank {} cut a block of {} rows; accepted: whole blocks",
+            scheme, rows.begin, rows.end, chunk.rank, block);
+  }
+}
+
 void check(const PlanRequest& request, int head_ranks) {
   const std::string_view scheme = name(request.scheme);
   const int ranks = request.q_layout.ranks();
@@ -86,6 +101,7 @@ void check(const PlanRequest& request, int head_ranks) {
   const auto lists = static_cast<std::int64_t>(request.mask.batch_offsets.size()) - 1;
   require(lists < 0 || lists == request.batch, ExitCode::internal,
           "{}: slices of {} batch rows for batch {}", scheme, lists, request.batch);
+  if (request.q_block_rows > 0) check_blocks(request);
 }
 
 std::int64_t rows_to_others(std::span<const Transfer> transfers, int self, std::int64_t batch) {
@@ -153,6 +169,20 @@ std::int64_t AttentionPlan::max_buffer_rows(int parity) const {
   return rows;
 }
 
+std::vector<BlockNode> AttentionPlan::gradient_nodes(int group) const {
+  const std::int64_t block = request_->q_block_rows;
+  if (block == 0) return {};
+  std::vector<Span> held;
+  for (const RowRun& run : q_layout_.runs(group)) {
+    held.push_back({run.global.begin / block, (run.global.end + block - 1) / block});
+  }
+  return nodes_of(held, (q_layout_.seq() + block - 1) / block);
+}
+
+std::int64_t AttentionPlan::gradient_heads() const {
+  return (request_->q_block_rows > 0 ? q_heads_of(head_rank()) : kv_heads_of(head_rank())).size();
+}
+
 std::int64_t AttentionPlan::area() const {
   std::int64_t area = 0;
   for (const Stage& stage : stages_) {
@@ -189,9 +219,13 @@ std::int64_t AttentionPlan::backward_bytes(std::int64_t head_dim, std::int64_t v
   std::int64_t bytes = 0;
   const std::int64_t kv_heads = kv_heads_of(head_rank()).size();
   const std::int64_t kv_row = kv_heads * (head_dim + value_dim);
+  const std::int64_t grad_row = gradient_heads() * (head_dim + value_dim);
+  const std::int64_t partials =
+      request_->q_block_rows > 0 ? static_cast<std::int64_t>(gradient_nodes(group()).size()) : 1;
   for (const Stage& stage : stages_) {
     bytes += rows_to_others(stage.sends, group(), request_->batch) * kv_row * element_bytes;
-    bytes += rows_to_others(stage.receives, group(), request_->batch) * kv_row * kFloatBytes;
+    bytes += rows_to_others(stage.receives, group(), request_->batch) * partials * grad_row *
+             kFloatBytes;
   }
   const std::int64_t q_heads = q_heads_of(head_rank()).size();
   for (int peer = 0; peer < head_ranks_; ++peer) {
@@ -205,7 +239,7 @@ std::int64_t AttentionPlan::backward_bytes(std::int64_t head_dim, std::int64_t v
     bytes += kv_rows * kv_heads_of(peer).size() * (head_dim + value_dim) * element_bytes;
     bytes +=
         request_->batch * request_->q_layout.rows(peer_rank) * q_heads * head_dim * kFloatBytes;
-    bytes += request_->batch * request_->kv_layout.rows(peer_rank) * kv_row * kFloatBytes;
+    bytes += request_->batch * request_->kv_layout.rows(peer_rank) * grad_row * kFloatBytes;
   }
   return bytes;
 }

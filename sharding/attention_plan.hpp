@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/mask.hpp"
+#include "sharding/block_tree.hpp"
 #include "sharding/sequence_layout.hpp"
 
 namespace annulus {
@@ -42,6 +43,9 @@ struct PlanRequest {
   std::int64_t stage_rows = 1024;
   /// Whole blocks of a global grid of KV rows are moved and computed; 0: no grid.
   std::int64_t block_rows = 0;
+  /// Gradients of keys are sums over whole blocks of a global grid of query rows, which no rank
+  /// shares with another (SequenceLayout::aligned); 0: no grid, else block_rows is not 0 either.
+  std::int64_t q_block_rows = 0;
 };
 
 /// Rows of a peer's shard, for one batch row or for every one; they stand from `buffer_begin` on
@@ -112,6 +116,11 @@ class AttentionPlan {
   std::int64_t max_buffer_rows(int parity) const;
   /// Kept pairs of this rank, per query head.
   std::int64_t area() const;
+  /// Nodes of the tree over the grid of query rows for which `group` computes gradients of keys: it
+  /// holds all queries of each. One partial a node is returned, for each query head.
+  std::vector<BlockNode> gradient_nodes(int group) const;
+  /// Heads of dK and dV that are returned.
+  std::int64_t gradient_heads() const;
   /// Payload this rank sends in one forward pass, and in one backward pass.
   std::int64_t forward_bytes(std::int64_t head_dim, std::int64_t value_dim,
                              std::int64_t element_bytes, bool log_sum_exp) const;

@@ -1,9 +1,9 @@
 #include "sharding/block_forward.hpp"
 
 #include <algorithm>
-#include <functional>
 #include <map>
-#include <optional>
+
+#include "sharding/block_tree.hpp"
 
 namespace annulus {
 namespace {
@@ -42,18 +42,6 @@ struct Partial {
   OwnedState state;  // room for all rows
   Span rows;
 };
-
-// Positions of rows counted from `rows.begin`.
-std::vector<PositionRun> positions_within(std::span<const PositionRun> runs, Span rows) {
-  std::vector<PositionRun> within;
-  for (std::size_t i = 0; i < runs.size(); ++i) {
-    const std::int64_t end = i + 1 < runs.size() ? runs[i + 1].local_begin : rows.end;
-    const std::int64_t begin = std::max(runs[i].local_begin, rows.begin);
-    if (begin >= std::min(end, rows.end)) continue;
-    within.push_back({begin - rows.begin, runs[i].global_begin + (begin - runs[i].local_begin)});
-  }
-  return within;
-}
 
 // Slices in layers that each meet a query row at most once, in the order of their keys: how a
 // kernel joins the keys of a row then does not depend on which rows share its tile.
@@ -99,80 +87,14 @@ std::vector<MaskSlices> layers_of(const MaskSlices& slices) {
   return layers;
 }
 
-// Partials of blocks on their way up the tree. Blocks that no row of this rank sees are not there:
-// merging an empty partial would change no bit.
-template <typename Partial>
-class BlockTree {
- public:
-  using Merge = std::function<void(Partial& left, Partial& right)>;
-
-  /// `blocks` will arrive, each once, in any order.
-  explicit BlockTree(std::vector<std::int64_t> blocks) : blocks_(std::move(blocks)) {
-    std::sort(blocks_.begin(), blocks_.end());
-  }
-
-  void add(std::int64_t block, Partial partial, const Merge& merge, std::vector<Partial>& spare) {
-    Key at{0, block};
-    while (covers_less_than_all(at)) {
-      const Key sibling{at.level, at.index ^ 1};
-      if (holds_any(sibling)) {
-        const auto other = waiting_.find(sibling);
-        if (other == waiting_.end()) {
-          waiting_.emplace(at, std::move(partial));
-          return;
-        }
-        Partial both = std::move(other->second);
-        waiting_.erase(other);
-        if (sibling.index > at.index) std::swap(both, partial);
-        merge(both, partial);
-        spare.push_back(std::move(partial));
-        partial = std::move(both);
-      }
-      at = {at.level + 1, at.index / 2};
-    }
-    root_ = std::move(partial);
-  }
-
-  const std::optional<Partial>& root() const { return root_; }
-
- private:
-  struct Key {
-    int level;
-    std::int64_t index;
-    auto operator<=>(const Key&) const = default;
-  };
-
-  bool holds_any(Key key) const {
-    const auto first = std::lower_bound(blocks_.begin(), blocks_.end(), key.index << key.level);
-    return first != blocks_.end() && *first < (key.index + 1) << key.level;
-  }
-  bool covers_less_than_all(Key key) const {
-    return key.index << key.level > blocks_.front() ||
-           (key.index + 1) << key.level <= blocks_.back();
-  }
-
-  std::vector<std::int64_t> blocks_;
-  std::map<Key, Partial> waiting_;
-  std::optional<Partial> root_;
-};
-
-// The query rows that a block's slices touch.
-Span rows_of(const StagePart& part) {
-  Span rows = part.slices.slices.front().q;
-  for (const Slice& slice : part.slices.slices) {
-    rows = {std::min(rows.begin, slice.q.begin), std::max(rows.end, slice.q.end)};
-  }
-  return rows;
-}
-
 // The blocks that come to each list of batch rows, by the first of them.
-std::map<std::int64_t, std::vector<std::int64_t>> blocks_of(const AttentionPlan& plan) {
+std::map<std::int64_t, std::vector<BlockNode>> blocks_of(const AttentionPlan& plan) {
   const PlanRequest& request = plan.request();
-  std::map<std::int64_t, std::vector<std::int64_t>> blocks;
+  std::map<std::int64_t, std::vector<BlockNode>> blocks;
   for (const Stage& stage : plan.stages()) {
     for (const StagePart& part :
          parts_of(stage, request.batch, Granularity::block, request.block_rows)) {
-      blocks[part.batch.begin].push_back(part.column_begin / request.block_rows);
+      blocks[part.batch.begin].push_back({0, part.column_begin / request.block_rows});
     }
   }
   return blocks;
@@ -196,9 +118,10 @@ class BlockForwardPass final : public ForwardPass {
     if (idle_) return;
     const ScopedTimer timer(compute_seconds(options_));
     trees_.at(part.batch.begin)
-        .add(
-            block_of(part), compute(part, k, v),
-            [this](Partial& left, Partial& right) { merge_rows(left, right); }, spare_);
+        .add(block_of(part), compute(part, k, v), [this](Partial& left, Partial right) {
+          merge_rows(left, right);
+          spare_.push_back(std::move(right));
+        });
   }
 
   void finish() override {
@@ -223,7 +146,7 @@ class BlockForwardPass final : public ForwardPass {
   std::int64_t buffer_bytes() const override { return buffer_bytes_; }
 
  private:
-  std::int64_t block_of(const StagePart& part) const { return part.column_begin / block_rows_; }
+  BlockNode block_of(const StagePart& part) const { return {0, part.column_begin / block_rows_}; }
 
   // The root of the only tree where it has every row and there is nothing to fold in: to merge it
   // into an empty state would change no bit.
@@ -237,7 +160,7 @@ class BlockForwardPass final : public ForwardPass {
 
   // The rows that the block's slices touch, from nothing.
   Partial compute(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v) {
-    const Span rows = rows_of(part);
+    const Span rows = query_rows(part);
     StagePart moved = part;
     for (Slice& slice : moved.slices.slices) {
       slice.q = {slice.q.begin - rows.begin, slice.q.end - rows.begin};
@@ -330,9 +253,10 @@ std::int64_t block_state_rows(const AttentionPlan& plan) {
   for (auto& [batch_begin, list] : blocks_of(plan)) trees.emplace(batch_begin, list);
   std::vector<Held> spare;
   std::int64_t batch_rows = 0;
-  const auto merge = [](Held& left, const Held& right) {
+  const auto merge = [&spare](Held& left, const Held& right) {
     left.rows = {std::min(left.rows.begin, right.rows.begin),
                  std::max(left.rows.end, right.rows.end)};
+    spare.push_back(right);
   };
   for (const Stage& stage : plan.stages()) {
     for (const StagePart& part :
@@ -345,8 +269,8 @@ std::int64_t block_state_rows(const AttentionPlan& plan) {
         spare.erase(found);
       }
       trees.at(part.batch.begin)
-          .add(part.column_begin / request.block_rows, {rows_of(part), part.batch.size()}, merge,
-               spare);
+          .add({0, part.column_begin / request.block_rows}, {query_rows(part), part.batch.size()},
+               merge);
     }
   }
   const bool whole = trees.size() == 1 && trees.begin()->second.root()->batch == request.batch &&
@@ -359,6 +283,14 @@ std::int64_t reproducible_block_rows(std::int64_t seq_kv) {
   // stay a small part of a long sequence. A short one has two or three blocks.
   std::int64_t rows = 128;
   while (rows < 4096 && rows * 2 < seq_kv) rows *= 2;
+  return rows;
+}
+
+std::int64_t reproducible_query_rows(std::int64_t seq_q) {
+  // Each block costs a packing of the keys that it sees; a rank has whole blocks, so that there are
+  // some for each of eight ranks.
+  std::int64_t rows = 16;
+  while (rows < 1024 && rows * 16 < seq_q) rows *= 2;
   return rows;
 }
 

@@ -19,4 +19,7 @@ std::int64_t block_state_rows(const AttentionPlan& plan);
 /// Rows of the grid that PlanRequest::block_rows should have: a function of the length alone.
 std::int64_t reproducible_block_rows(std::int64_t seq_kv);
 
+/// The same for PlanRequest::q_block_rows.
+std::int64_t reproducible_query_rows(std::int64_t seq_q);
+
 }  // namespace annulus

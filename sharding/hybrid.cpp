@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "sharding/execution_accounting.hpp"
+#include "sharding/gradient_tree.hpp"
 #include "sharding/head_exchange.hpp"
 #include "sharding/ring.hpp"
 #include "sharding/solo_communicator.hpp"
@@ -222,8 +223,20 @@ void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const Backwa
     };
     Cleared grad_q;
     if (is_given(local.grad_q)) grad_q = cleared(inner.problem.q.shape);
-    const Cleared grad_k = cleared(inner.problem.k.shape);
-    const Cleared grad_v = cleared(inner.problem.v.shape);
+    // Where blocks of queries have sums of their own, so have the query heads of a KV head.
+    const bool by_query_head = plan.request().q_block_rows > 0;
+    const std::vector<Span>& grad_heads = by_query_head ? q_heads : kv_heads;
+    const auto with_heads = [&](Shape shape, std::int64_t heads) {
+      shape[2] = heads;
+      return cleared(shape);
+    };
+    const Cleared grad_k = with_heads(inner.problem.k.shape, plan.gradient_heads());
+    const Cleared grad_v = with_heads(inner.problem.v.shape, plan.gradient_heads());
+    Cleared rows_k, rows_v;  // of all query heads
+    if (by_query_head) {
+      rows_k = with_heads(local.grad_k.shape, plan.request().q_heads);
+      rows_v = with_heads(local.grad_v.shape, plan.request().q_heads);
+    }
     inner.grad_q = grad_q.view;
     inner.grad_k = grad_k.view;
     inner.grad_v = grad_v.view;
@@ -239,8 +252,10 @@ void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const Backwa
     timer.emplace(accounting.exposed_seconds());
     span.emplace(options.recorder, StageRecord::Kind::exchange);
     std::vector<Pending> back;
-    back.push_back(exchange.to_rows(Rows::keys, grad_k.view, kv_heads, local.grad_k, true));
-    back.push_back(exchange.to_rows(Rows::keys, grad_v.view, kv_heads, local.grad_v, true));
+    back.push_back(exchange.to_rows(Rows::keys, grad_k.view, grad_heads,
+                                    by_query_head ? rows_k.view : local.grad_k, true));
+    back.push_back(exchange.to_rows(Rows::keys, grad_v.view, grad_heads,
+                                    by_query_head ? rows_v.view : local.grad_v, true));
     if (is_given(local.grad_q)) {
       back.push_back(exchange.to_rows(Rows::queries, grad_q.view, q_heads, local.grad_q, true));
     }
@@ -255,6 +270,12 @@ void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const Backwa
     for (Pending& pending : back) {
       pending.wait();
       buffer_bytes += pending.buffer_bytes();
+    }
+    if (by_query_head) {
+      const HeadGroups groups{plan.group_size(), plan.request().q_head_offset};
+      add_query_heads(rows_k.view, local.grad_k, groups, local.stream);
+      add_query_heads(rows_v.view, local.grad_v, groups, local.stream);
+      buffer_bytes += rows_k.memory.bytes() + rows_v.memory.bytes();
     }
   }
   accounting.close(buffer_bytes);

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 
+#include "sharding/block_backward.hpp"
 #include "sharding/block_forward.hpp"
+#include "sharding/gradient_tree.hpp"
 #include "sharding/stage_parts.hpp"
 
 namespace annulus {
@@ -73,6 +75,72 @@ std::int64_t own_kv_heads(const AttentionPlan& plan) {
 }
 std::int64_t own_q_heads(const AttentionPlan& plan) {
   return plan.q_heads_of(plan.head_rank()).size();
+}
+
+TensorView without_data(std::int64_t batch, std::int64_t rows, std::int64_t heads,
+                        std::int64_t dim) {
+  return {nullptr, DType::f32, {batch, rows, heads, dim}};
+}
+
+// Partials of a backward pass over grids, those on their way up the trees of the rank's queries and
+// of its keys, for `q_heads` query heads: the pass is walked without computing.
+std::int64_t tree_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
+                        std::int64_t q_heads, std::int64_t kv_heads) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t batch = request.batch;
+  const std::int64_t rows = plan.kv_layout().rows(plan.group());
+  BackwardCall local;
+  local.problem.q =
+      without_data(batch, plan.q_layout().rows(plan.group()), q_heads, sizes.head_dim);
+  local.problem.k = without_data(batch, rows, kv_heads, sizes.head_dim);
+  local.problem.v = without_data(batch, rows, kv_heads, sizes.value_dim);
+  const ExecuteOptions options;
+  BlockBackwardPass pass(local, plan, options, true);
+  GradientTree tree(plan,
+                    {without_data(batch, rows, q_heads, sizes.head_dim),
+                     without_data(batch, rows, q_heads, sizes.value_dim),
+                     q_heads,
+                     {}},
+                    {}, true);
+  const auto add = [&](int group, std::size_t node, Span batch_rows, Span own, bool any) {
+    for (std::int64_t b = batch_rows.begin; b < batch_rows.end; ++b) {
+      for (const KvSide side : {KvSide::key, KvSide::value}) {
+        const std::int64_t dim = side == KvSide::key ? sizes.head_dim : sizes.value_dim;
+        const TensorView part = without_data(1, own.size(), q_heads, dim);
+        tree.add(group, node, b, own, side, any ? part : TensorView());
+      }
+    }
+  };
+  const auto take_back = [&](const Stage& stage) {
+    for (const Transfer& transfer : stage.sends) {
+      const std::size_t nodes = plan.gradient_nodes(transfer.peer).size();
+      for (const Piece& piece : transfer.pieces) {
+        const bool every = piece.batch == Piece::kEveryBatch;
+        const Span all = every ? Span{0, batch} : Span{piece.batch, piece.batch + 1};
+        for (std::int64_t b = all.begin; b < all.end; ++b) {
+          for (std::size_t i = 0; i < nodes; ++i) {
+            add(transfer.peer, i, {b, b + 1}, piece.rows, true);
+          }
+        }
+      }
+    }
+  };
+  const Stage* before = nullptr;
+  for (const Stage& stage : plan.stages()) {
+    for (const StagePart& part : parts_of(stage, batch, Granularity::block, request.block_rows)) {
+      pass.add(part, local.problem.k, local.problem.v,
+               [&](std::size_t node, Span cell, const ConstTensorView& grad_k,
+                   const ConstTensorView& /*grad_v*/) {
+                 if (stage.number > 0) return;
+                 const Span own{part.rows.begin + cell.begin, part.rows.begin + cell.end};
+                 add(plan.group(), node, part.batch, own, grad_k.rank() > 0);
+               });
+    }
+    if (before != nullptr) take_back(*before);
+    before = stage.number > 0 ? &stage : nullptr;
+  }
+  if (before != nullptr) take_back(*before);
+  return pass.buffer_bytes() + tree.buffer_bytes();
 }
 
 }  // namespace
@@ -150,19 +218,31 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
     return kv_buffer_bytes(batch, rows, kv_heads, sizes, element_bytes);
   };
   const std::int64_t remote[2] = {plan.max_buffer_rows(0), plan.max_buffer_rows(1)};
+  const bool trees = request.q_block_rows > 0;
+  const std::int64_t grad_heads = !trees    ? kv_heads
+                                  : by_head ? plan.group_size()
+                                            : plan.gradient_heads();
+  const auto copies = [&](int group) {
+    return trees ? static_cast<std::int64_t>(plan.gradient_nodes(group).size()) : 1;
+  };
   // Partials that go out and partials that come back, of stages that take turns.
   std::int64_t outgoing[2] = {0, 0};
   std::int64_t incoming[2] = {0, 0};
   for (const Stage& stage : plan.stages()) {
     const int turn = stage.number % 2;
-    if (stage.number > 0 && stage.buffer_rows > 0) outgoing[turn] = kv(remote[turn], kFloatBytes);
+    if (stage.number > 0 && stage.buffer_rows > 0) {
+      outgoing[turn] = copies(plan.group()) *
+                       kv_buffer_bytes(batch, remote[turn], grad_heads, sizes, kFloatBytes);
+    }
     if (in_place && !by_head) continue;  // peers' partials are added from where they lie
     std::int64_t rows = 0;
-    for (const Transfer& transfer : stage.sends) rows += transfer.rows(batch);
+    for (const Transfer& transfer : stage.sends)
+      rows += copies(transfer.peer) * transfer.rows(batch);
     incoming[turn] = std::max(incoming[turn],
-                              rows * kv_heads * (sizes.head_dim + sizes.value_dim) * kFloatBytes);
+                              rows * grad_heads * (sizes.head_dim + sizes.value_dim) * kFloatBytes);
   }
-  std::int64_t bytes = 0;
+  std::int64_t bytes =
+      trees ? tree_bytes(plan, sizes, by_head ? grad_heads : own_q_heads(plan), kv_heads) : 0;
   if (by_head && plan.groups() > 1) {
     const std::int64_t heads = std::min<std::int64_t>(request.kv_heads, 2);
     const bool packs = use.sends && request.kv_heads > 1;
@@ -183,12 +263,17 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
   // q, dO, k, v, LSE and delta in; dQ, dK, dV in fp32, and those that arrive.
   bytes += q_rows * (dims * sizes.element_bytes + 2 * kFloatBytes) +
            kv_rows * dims * sizes.element_bytes;
-  bytes += q_rows * sizes.head_dim * kFloatBytes + kv_rows * dims * kFloatBytes;
-  std::int64_t arriving_kv_heads = -own_kv_heads(plan);
-  for (int j = 0; j < plan.head_ranks(); ++j) arriving_kv_heads += plan.kv_heads_of(j).size();
+  const std::int64_t own_kv_rows = batch * request.kv_layout.rows(plan.rank());
+  bytes += q_rows * sizes.head_dim * kFloatBytes +
+           batch * own_rows * plan.gradient_heads() * dims * kFloatBytes;
+  std::int64_t arriving_heads = -plan.gradient_heads();
+  for (int j = 0; j < plan.head_ranks(); ++j) {
+    arriving_heads += trees ? plan.q_heads_of(j).size() : plan.kv_heads_of(j).size();
+  }
+  if (trees) bytes += own_kv_rows * request.q_heads * dims * kFloatBytes;
   bytes += batch * request.q_layout.rows(plan.rank()) * (request.q_heads - own_q_heads(plan)) *
            sizes.head_dim * kFloatBytes;
-  bytes += batch * request.kv_layout.rows(plan.rank()) * arriving_kv_heads * dims * kFloatBytes;
+  bytes += own_kv_rows * arriving_heads * dims * kFloatBytes;
   return bytes;
 }
 

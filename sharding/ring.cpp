@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "sharding/backward_pass.hpp"
 #include "sharding/execution_accounting.hpp"
 #include "sharding/gradient_return.hpp"
 #include "sharding/kv_feed.hpp"
@@ -99,9 +100,9 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
   }();
   GradientReturn back = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
-    return GradientReturn(ranks, plan, local.grad_k, local.grad_v, feed.shares(), local.stream);
+    return GradientReturn(ranks, plan, local, feed.shares());
   }();
-  BackwardPass pass(local, plan.q_layout().runs(plan.group()), options);
+  const std::unique_ptr<BackwardPass> pass = make_backward_pass(local, plan, options);
   for (int number = 0; number <= schedule.count(); ++number) {
     const Stage* stage = schedule.at(number);
     {
@@ -110,18 +111,16 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
       if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
       if (stage != nullptr) feed.wait(*stage);
     }
-    KvViews gradients{local.grad_k, local.grad_v};
-    if (stage != nullptr && number > 0) {
+    if (stage != nullptr) {
       const ScopedTimer timer(accounting.exposed_seconds());
-      gradients = back.gradients(*stage);
+      back.prepare(*stage);
     }
     if (stage != nullptr) {
       const RecordedSpan span(options.recorder, StageRecord::Kind::compute, number, peer_of(*stage),
                               feed.read_bytes(*stage));
-      for (const StagePart& part : backward_parts(*stage, problem, feed.in_place(*stage))) {
+      for (const StagePart& part : backward_parts(*stage, problem, plan, feed.in_place(*stage))) {
         const auto [k, v] = feed.views(*stage, part);
-        pass.add(part, k, v, gradients.k.slice(0, part.batch).slice(1, part.rows),
-                 gradients.v.slice(0, part.batch).slice(1, part.rows));
+        pass->add(*stage, part, k, v, back);
         feed.progress();
         back.progress();
       }
@@ -136,7 +135,7 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
     back.close();
   }
   accounting.add_bytes_in_place(feed.read_bytes() + back.read_bytes());
-  accounting.close(feed.buffer_bytes() + back.buffer_bytes());
+  accounting.close(feed.buffer_bytes() + back.buffer_bytes() + pass->buffer_bytes());
 }
 
 }  // namespace annulus

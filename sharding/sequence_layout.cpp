@@ -243,6 +243,16 @@ SequenceLayout SequenceLayout::grouped(int ranks_per_node) const {
   return {ranks() / ranks_per_node, std::move(chunks)};
 }
 
+SequenceLayout SequenceLayout::aligned(std::int64_t block_rows) const {
+  require(block_rows > 0, ExitCode::usage, "layout: blocks of {} rows; accepted: 1 or more",
+          block_rows);
+  std::vector<Chunk> chunks;
+  for (std::int64_t begin = 0; begin < seq_; begin += block_rows) {
+    chunks.push_back({{begin, std::min(begin + block_rows, seq_)}, rank_of(begin), 0});
+  }
+  return {ranks(), std::move(chunks)};
+}
+
 bool operator==(const SequenceLayout& a, const SequenceLayout& b) {
   const auto same = [](const Chunk& x, const Chunk& y) {
     return x.global == y.global && x.rank == y.rank;

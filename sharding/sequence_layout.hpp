@@ -78,6 +78,10 @@ class SequenceLayout {
   /// order. Throws usage unless the ranks divide.
   SequenceLayout grouped(int ranks_per_node) const;
 
+  /// The same where chunks begin at multiples of `block_rows`: each block of so many rows goes to
+  /// the rank that holds its first one. Throws usage unless block_rows is positive.
+  SequenceLayout aligned(std::int64_t block_rows) const;
+
   friend bool operator==(const SequenceLayout& a, const SequenceLayout& b);
 
  private:

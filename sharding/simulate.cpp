@@ -117,20 +117,40 @@ class RankWalk {
     return plan_.kv_heads_of(plan_.head_rank()).size() * (sizes_.head_dim + sizes_.value_dim);
   }
 
-  LinkBytes bytes_of(std::span<const Transfer> transfers, std::int64_t element_bytes) const {
+  template <typename BytesOfRow>
+  LinkBytes bytes_of(std::span<const Transfer> transfers, BytesOfRow bytes_of_row) const {
     LinkBytes bytes;
     for (const Transfer& transfer : transfers) {
       if (transfer.peer == plan_.group()) continue;
-      const std::int64_t moved =
-          transfer.rows(plan_.request().batch) * kv_row_elements() * element_bytes;
+      const std::int64_t moved = transfer.rows(plan_.request().batch) * bytes_of_row(transfer.peer);
       (same_node(transfer.peer) ? bytes.node : bytes.network) += moved;
     }
     return bytes;
   }
 
+  LinkBytes row_bytes_of(std::span<const Transfer> transfers) const {
+    return bytes_of(transfers,
+                    [&](int /*peer*/) { return kv_row_elements() * sizes_.element_bytes; });
+  }
+
+  // Partial gradients of a row: one, or one for each node of a grid of queries.
+  std::int64_t partial_row_bytes(int group) const {
+    const std::int64_t copies = plan_.request().q_block_rows > 0
+                                    ? static_cast<std::int64_t>(plan_.gradient_nodes(group).size())
+                                    : 1;
+    return copies * plan_.gradient_heads() * (sizes_.head_dim + sizes_.value_dim) * kFloatBytes;
+  }
+  LinkBytes partials_in(const Stage& stage) const {
+    return bytes_of(stage.sends, [&](int peer) { return partial_row_bytes(peer); });
+  }
+  LinkBytes partials_out(const Stage& stage) const {
+    const std::int64_t row = partial_row_bytes(plan_.group());
+    return bytes_of(stage.receives, [row](int /*peer*/) { return row; });
+  }
+
   // What is moved for a stage: rows that are read in place are not.
   LinkBytes received(const Stage& stage) const {
-    LinkBytes bytes = bytes_of(stage.receives, sizes_.element_bytes);
+    LinkBytes bytes = row_bytes_of(stage.receives);
     if (rates_.reads_in_place) bytes.node = 0;
     return bytes;
   }
@@ -142,8 +162,8 @@ class RankWalk {
   // Partials that others computed for this rank's rows, added from where they lie or after they
   // came, and clearing its own.
   double return_seconds(const Stage& stage) const {
-    const LinkBytes in = bytes_of(stage.sends, kFloatBytes);
-    const LinkBytes out = bytes_of(stage.receives, kFloatBytes);
+    const LinkBytes in = partials_in(stage);
+    const LinkBytes out = partials_out(stage);
     double seconds = static_cast<double>(out.node + out.network) / rates_.copy_bandwidth;
     seconds += 2.0 * static_cast<double>(in.node + in.network) / rates_.copy_bandwidth;
     if (!rates_.hides_node_transfers && !rates_.reads_in_place)
@@ -202,10 +222,10 @@ class RankWalk {
     if (plan_.head_ranks() == 1) return;
     std::int64_t stage_bytes = 0;
     for (const Stage& stage : plan_.stages()) {
-      const LinkBytes sent = bytes_of(stage.sends, sizes_.element_bytes);
+      const LinkBytes sent = row_bytes_of(stage.sends);
       stage_bytes += sent.node + sent.network;
       if (pass_ == Pass::forward) continue;
-      const LinkBytes back = bytes_of(stage.receives, kFloatBytes);
+      const LinkBytes back = partials_out(stage);
       stage_bytes += back.node + back.network;
     }
     const auto bytes = static_cast<double>(timeline_.bytes_sent - stage_bytes);

@@ -15,9 +15,8 @@ View head_slice(const View& view, Span heads) {
   return view && view.shape[1] > 1 ? view.slice(1, heads) : view;
 }
 
-// The batch rows and key columns of a part, of a tensor over all columns.
 template <typename View>
-View columns_of(const View& view, const StagePart& part) {
+View columns_of_part(const View& view, const StagePart& part) {
   if (!view) return view;
   return batch_slice(view, part.batch)
       .slice(3, {part.column_begin, part.column_begin + part.rows.size()});
@@ -117,15 +116,24 @@ double& compute_seconds(const ExecuteOptions& options) {
   return options.report == nullptr ? unused : options.report->compute_seconds;
 }
 
+ConstTensorView columns_of(const ConstTensorView& view, const StagePart& part) {
+  return columns_of_part(view, part);
+}
+
+TensorView columns_of(const TensorView& view, const StagePart& part) {
+  return columns_of_part(view, part);
+}
+
 std::vector<StagePart> forward_parts(const Stage& stage, const AttentionProblem& problem,
                                      const AttentionPlan& plan, bool in_place) {
   const std::int64_t block_rows = plan.request().block_rows;
   if (block_rows > 0) return parts_of(stage, problem.batch(), Granularity::block, block_rows);
-  return backward_parts(stage, problem, in_place);
+  return parts_of(stage, problem.batch(), in_place ? Granularity::piece : granularity_of(problem));
 }
 
 std::vector<StagePart> backward_parts(const Stage& stage, const AttentionProblem& problem,
-                                      bool in_place) {
+                                      const AttentionPlan& plan, bool in_place) {
+  if (plan.request().q_block_rows > 0) return forward_parts(stage, problem, plan, in_place);
   return parts_of(stage, problem.batch(), in_place ? Granularity::piece : granularity_of(problem));
 }
 
@@ -184,27 +192,6 @@ std::unique_ptr<ForwardPass> make_forward_pass(const ForwardCall& local, const A
                                                const ExecuteOptions& options) {
   if (plan.request().block_rows > 0) return make_block_forward_pass(local, plan, options);
   return std::make_unique<StateForwardPass>(local, plan.q_layout().runs(plan.group()), options);
-}
-
-BackwardPass::BackwardPass(const BackwardCall& local, std::span<const RowRun> q_runs,
-                           const ExecuteOptions& options)
-    : local_(local), q_positions_(positions_of(q_runs)), options_(options) {}
-
-void BackwardPass::add(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v,
-                       const TensorView& grad_k, const TensorView& grad_v) {
-  if (local_.problem.q.shape.elements() == 0) return;
-  const ScopedTimer timer(compute_seconds(options_));
-  BackwardCall call = local_;
-  call.problem = problem_of_part(local_.problem, part, k, v, q_positions_);
-  call.grad_o = local_.grad_o.slice(0, part.batch);
-  call.log_sum_exp = local_.log_sum_exp.slice(0, part.batch);
-  call.delta = local_.delta.slice(0, part.batch);
-  if (local_.o) call.o = local_.o.slice(0, part.batch);
-  if (local_.grad_q) call.grad_q = local_.grad_q.slice(0, part.batch);
-  call.grad_k = grad_k;
-  call.grad_v = grad_v;
-  call.grad_bias = columns_of(local_.grad_bias, part);
-  attention_backward(call, options_.backend);
 }
 
 }  // namespace annulus

@@ -30,7 +30,12 @@ class ScopedTimer {
 std::vector<StagePart> forward_parts(const Stage& stage, const AttentionProblem& problem,
                                      const AttentionPlan& plan, bool in_place);
 std::vector<StagePart> backward_parts(const Stage& stage, const AttentionProblem& problem,
-                                      bool in_place);
+                                      const AttentionPlan& plan, bool in_place);
+
+/// The batch rows and key columns of a part, of a tensor [batch|1, heads|1, rows, columns] over all
+/// columns.
+ConstTensorView columns_of(const ConstTensorView& view, const StagePart& part);
+TensorView columns_of(const TensorView& view, const StagePart& part);
 
 /// The part's share of a rank's problem, over the part's keys and values.
 AttentionProblem problem_of_part(const AttentionProblem& local, const StagePart& part,
@@ -72,20 +77,5 @@ class ForwardPass {
 /// One running state, or the tree of blocks where the plan has a grid.
 std::unique_ptr<ForwardPass> make_forward_pass(const ForwardCall& local, const AttentionPlan& plan,
                                                const ExecuteOptions& options);
-
-/// The backward pass of one rank's query rows; gradients of K and V go where each part says.
-class BackwardPass {
- public:
-  BackwardPass(const BackwardCall& local, std::span<const RowRun> q_runs,
-               const ExecuteOptions& options);
-
-  void add(const StagePart& part, const ConstTensorView& k, const ConstTensorView& v,
-           const TensorView& grad_k, const TensorView& grad_v);
-
- private:
-  const BackwardCall& local_;
-  std::vector<PositionRun> q_positions_;
-  const ExecuteOptions& options_;
-};
 
 }  // namespace annulus

@@ -93,6 +93,53 @@ class PartList {
 
 }  // namespace
 
+Span query_rows(const StagePart& part) {
+  Span rows = part.slices.slices.front().q;
+  for (const Slice& slice : part.slices.slices) {
+    rows = {std::min(rows.begin, slice.q.begin), std::max(rows.end, slice.q.end)};
+  }
+  return rows;
+}
+
+std::vector<PositionRun> positions_within(std::span<const PositionRun> runs, Span rows) {
+  std::vector<PositionRun> within;
+  for (std::size_t i = 0; i < runs.size(); ++i) {
+    const std::int64_t end = i + 1 < runs.size() ? runs[i + 1].local_begin : rows.end;
+    const std::int64_t begin = std::max(runs[i].local_begin, rows.begin);
+    if (begin >= std::min(end, rows.end)) continue;
+    within.push_back({begin - rows.begin, runs[i].global_begin + (begin - runs[i].local_begin)});
+  }
+  return within;
+}
+
+StagePart part_within(const StagePart& part, Span q, Span k) {
+  StagePart within;
+  within.batch = part.batch;
+  within.rows = {part.rows.begin + k.begin, part.rows.begin + k.end};
+  within.positions = positions_within(part.positions, k);
+  within.column_begin = within.positions.empty() ? 0 : within.positions.front().global_begin;
+  const bool by_batch = !part.slices.batch_offsets.empty();
+  const std::int64_t lists =
+      by_batch ? static_cast<std::int64_t>(part.slices.batch_offsets.size()) - 1 : 1;
+  for (std::int64_t list = 0; list < lists; ++list) {
+    if (by_batch) {
+      within.slices.batch_offsets.push_back(static_cast<std::int64_t>(within.slices.slices.size()));
+    }
+    for (const Slice& slice : part.slices.view().of_batch(list)) {
+      Slice seen = clip(slice, q, k);
+      if (seen.q.empty() || seen.k.empty()) continue;
+      seen.q = {seen.q.begin - q.begin, seen.q.end - q.begin};
+      seen.k = {seen.k.begin - k.begin, seen.k.end - k.begin};
+      seen.band = seen.band.shifted(q.begin, k.begin);
+      within.slices.slices.push_back(seen);
+    }
+  }
+  if (by_batch) {
+    within.slices.batch_offsets.push_back(static_cast<std::int64_t>(within.slices.slices.size()));
+  }
+  return within;
+}
+
 bool few_pieces(const Stage& stage) {
   constexpr std::size_t kMost = 4;
   std::size_t pieces = 0;

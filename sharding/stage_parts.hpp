@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "kernels/attention.hpp"
@@ -18,6 +19,16 @@ struct StagePart {
   int peer = -1;                       // owner of the rows, where they are read in place
   std::int64_t peer_row = 0;           // the first row in the owner's shard
 };
+
+/// The query rows that a part's slices touch.
+Span query_rows(const StagePart& part);
+
+/// Positions of the rows [rows), counted from rows.begin.
+std::vector<PositionRun> positions_within(std::span<const PositionRun> runs, Span rows);
+
+/// What is left of a part for the query rows `q` and those of its own rows that are `k`, both
+/// counted from where they begin.
+StagePart part_within(const StagePart& part, Span q, Span k);
 
 /// How far a stage must be cut up.
 enum class Granularity : std::uint8_t {

@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <random>
 
 #include "runtime/attention_setup.hpp"
 #include "tests/runtime/operation_case.hpp"
@@ -246,6 +248,59 @@ TEST(AttentionOperation, ReproducibleGivesTheSameBitsEverywhere) {
         Context context(ranks);
         for (const char* operation : {"ring", "ulysses", "flash", "auto"}) {
           expect_forward(context, operation, Mesh::parse(m.mesh, m.ranks), dealt, tensors, 0.0);
+        }
+      });
+    }
+  }
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  const auto bytes = static_cast<std::size_t>(a.shape().elements() * size_bytes(a.dtype()));
+  return a.shape() == b.shape() && std::memcmp(a.view().data, b.view().data, bytes) == 0;
+}
+
+/// Nor do those of the gradients.
+TEST(AttentionOperation, ReproducibleGivesTheSameGradientsEverywhere) {
+  OperationCase c;
+  c.shape = {.batch = 2,
+             .seq_q = 300,
+             .seq_kv = 300,
+             .q_heads = 8,
+             .kv_heads = 2,
+             .head_dim = 16,
+             .value_dim = 8,
+             .sinks = {8}};
+  c.options.causal = true;
+  c.options.reproducible = true;
+  c.seed = std::random_device{}();
+  SCOPED_TRACE(::testing::Message() << "seed " << c.seed);
+  OperationTensors tensors = random_inputs(c);
+  run_reference(c, tensors, true);
+  WholeResults first;
+  constexpr MeshCase kReproducible[] = {{1, "sp=1"},      {2, "sp=2"},      {3, "sp=3"},
+                                        {4, "sp=2,tp=2"}, {4, "dp=2,sp=2"}, {5, "sp=5"},
+                                        {7, "sp=7"},      {8, "sp=8"}};
+  for (const MeshCase& m : kReproducible) {
+    for (const auto deal : {SequenceDeal::contiguous, SequenceDeal::balanced}) {
+      OperationCase dealt = c;
+      dealt.options.deal = deal;
+      run_ranks(m.ranks, [&](Communicator& ranks) {
+        Context context(ranks);
+        const Mesh mesh = Mesh::parse(m.mesh, m.ranks);
+        for (const char* operation : {"ring", "ulysses", "vanilla", "auto"}) {
+          WholeResults found =
+              run_both_passes(context, operation, mesh, dealt, tensors, on_the_host());
+          if (context.rank() != 0) continue;
+          if (!first.output) {
+            expect_backward(context, operation, mesh, dealt, tensors, 1e-4);
+            first = std::move(found);
+            continue;
+          }
+          const std::string what = std::string(operation) + " on " + m.mesh;
+          EXPECT_TRUE(same_bits(found.grad_query, first.grad_query)) << what << ", dQ";
+          EXPECT_TRUE(same_bits(found.grad_key, first.grad_key)) << what << ", dK";
+          EXPECT_TRUE(same_bits(found.grad_value, first.grad_value)) << what << ", dV";
+          EXPECT_TRUE(same_bits(found.grad_sinks, first.grad_sinks)) << what << ", sinks";
         }
       });
     }

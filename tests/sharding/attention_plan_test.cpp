@@ -232,6 +232,19 @@ TEST(AttentionPlan, RefusesWhatASchemeCannotServe) {
   request->scheme = Scheme::hybrid;
   request->node_ranks = 3;
   EXPECT_THROW(AttentionPlan(request, 0), Error);
+  request->scheme = Scheme::ring;
+  request->block_rows = request->q_block_rows = 24;
+  try {
+    const AttentionPlan plan(request, 0);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ExitCode::usage);
+    EXPECT_NE(std::string(error.what()).find("queries 0 to 16 of rank 0 cut a block of 24 rows"),
+              std::string::npos)
+        << error.what();
+  }
+  request->q_layout = layout.aligned(24);
+  EXPECT_NO_THROW(AttentionPlan(request, 0));
 }
 
 }  // namespace

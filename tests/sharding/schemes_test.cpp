@@ -114,6 +114,63 @@ TEST(Schemes, GiveTheSameBitsForAnyNumberOfRanksOnRequest) {
   }
 }
 
+// The layouts of a case where no rank has a part of a block of queries.
+std::vector<SequenceLayout> aligned_layouts(const AttentionCase& c, int ranks, std::int64_t block) {
+  std::vector<SequenceLayout> all;
+  for (const SequenceLayout& layout : layouts(c, c.seq_q, ranks)) {
+    all.push_back(layout.aligned(block));
+  }
+  return all;
+}
+
+TEST(Schemes, GiveTheSameBitsOfGradientsForAnyNumberOfRanksOnRequest) {
+  std::vector<AttentionCase> cases = mask_cases();
+  for (const AttentionCase& c : feature_cases()) cases.push_back(c);
+  cases.push_back(make_case("long", causal_mask(), 700));
+  cases.push_back(make_case("long window", window_mask(150, 20), 701));
+  const bool all = std::getenv("ANNULUS_FULL_MATRIX") != nullptr;
+  const std::uint64_t seed = fresh_random_seed();
+  const std::size_t stride = all ? 1 : 11;
+  std::size_t number = seed % stride;
+  for (const AttentionCase& c : cases) {
+    const std::int64_t block = c.seq_q > 300 ? reproducible_query_rows(c.seq_q) : 4;
+    AttentionTensors expected = random_tensors(c, seed);
+    AttentionTensors found = expected;
+    run_reference(c, expected);
+    AttentionTensors first;
+    for (const int ranks : {1, 2, 3, 4, 5, 7, 8}) {
+      const std::vector<SequenceLayout> q_layouts = aligned_layouts(c, ranks, block);
+      const std::vector<SequenceLayout> kv_layouts = layouts(c, c.seq_kv, ranks);
+      for (std::size_t i = 0; i < q_layouts.size(); ++i) {
+        for (const Choice& choice : choices(ranks)) {
+          const bool ran = !first.o.data.empty();
+          if (ran && number++ % stride != 0) continue;
+          SCOPED_TRACE(::testing::Message()
+                       << c.name << ", seed " << seed << ", " << ranks << " ranks, layout " << i
+                       << ", " << name(choice.scheme) << " " << choice.node_ranks);
+          auto request =
+              request_of(c, choice.scheme, q_layouts[i], kv_layouts[i % kv_layouts.size()]);
+          request->node_ranks = choice.node_ranks;
+          request->block_rows = c.seq_kv > 300 ? reproducible_block_rows(c.seq_kv) : 16;
+          request->q_block_rows = block;
+          RunOptions options;
+          options.execute.in_place = number % 2 == 0;
+          ASSERT_NO_THROW(run_on_threads(c, request, found, options));
+          if (!ran) first = found;
+          expect_equal(c, found, expected);
+          ASSERT_TRUE(same_bits(found.grad_q, first.grad_q)) << "dQ";
+          ASSERT_TRUE(same_bits(found.grad_k, first.grad_k)) << "dK";
+          ASSERT_TRUE(same_bits(found.grad_v, first.grad_v)) << "dV";
+          // One bias of all heads is summed over them where they are.
+          if (c.bias_heads == 1 && choice.scheme != Scheme::ring) continue;
+          ASSERT_TRUE(same_bits(found.grad_bias, first.grad_bias)) << "dBias";
+          if (HasFailure()) return;
+        }
+      }
+    }
+  }
+}
+
 TEST(Schemes, KeepTheirBitsUnderDelays) {
   const AttentionCase c = make_case("causal", causal_mask(), 97, 2);
   const std::uint64_t seed = fresh_random_seed();

@@ -174,5 +174,19 @@ TEST(SequenceLayout, DocumentsOfOneRankSendNothing) {
   EXPECT_EQ(rows_moved(layout, slices), 0);
 }
 
+TEST(SequenceLayout, AlignedKeepsBlocksWhole) {
+  for (const std::int64_t block : {1, 7, 16, 300}) {
+    for (const SequenceLayout& layout :
+         {SequenceLayout::contiguous(203, 5), SequenceLayout::zigzag(203, 4)}) {
+      const SequenceLayout aligned = layout.aligned(block);
+      expect_consistent(aligned, 203, layout.ranks());
+      for (std::int64_t row = 0; row < 203; ++row) {
+        EXPECT_EQ(aligned.rank_of(row), layout.rank_of(row / block * block));
+      }
+    }
+  }
+  EXPECT_THROW(SequenceLayout::contiguous(9, 2).aligned(0), Error);
+}
+
 }  // namespace
 }  // namespace annulus
