@@ -68,6 +68,8 @@ void BlockBackwardPass::add(const StagePart& part, const ConstTensorView& k,
   const Span columns{part.column_begin, part.column_begin + part.rows.size()};
   for (const Span cell : gradient_cells(columns, plan_.request().block_rows)) {
     const Span keys{cell.begin - columns.begin, cell.end - columns.begin};
+    const Span all_rows{0, plan_.q_layout().rows(plan_.group())};
+    const StagePart cell_part = part_within(part, all_rows, keys);
     const ConstTensorView cell_k = dry_ ? k : k.slice(1, keys);
     const ConstTensorView cell_v = dry_ ? v : v.slice(1, keys);
     for (std::size_t node = 0; node < nodes_.size(); ++node) {
@@ -82,7 +84,7 @@ void BlockBackwardPass::add(const StagePart& part, const ConstTensorView& k,
       for (std::int64_t b = held.begin; b < held.end; ++b) {
         const std::int64_t first = plan_.q_layout().local_row(b * block);
         const Span queries{first, first + std::min(block, seq_q - b * block)};
-        StagePart leaf = part_within(part, queries, keys);
+        StagePart leaf = part_within(cell_part, queries, {0, keys.size()});
         if (leaf.slices.slices.empty() || local_.problem.q_heads() == 0) continue;
         leaves.push_back({{0, b}, queries, std::move(leaf)});
         blocks.push_back({0, b});
