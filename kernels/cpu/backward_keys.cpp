@@ -16,6 +16,7 @@
 // clang-format on
 #include "hwy/highway.h"
 #include "kernels/cpu/backward_operands-inl.hpp"
+#include "kernels/cpu/backward_pairs-inl.hpp"
 #include "kernels/cpu/backward_split-inl.hpp"
 #include "kernels/cpu/gradient_tile-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
@@ -43,6 +44,9 @@ class BackwardKeys {
     const std::int64_t keys = backward_chunk_keys(problem_);
 #if ANNULUS_AMX
     if (amx_) operands_.emplace(problem_, keys, scratch);
+#endif
+#if ANNULUS_PAIRS
+    if (uses_bf16_dots(problem_.q.dtype)) pairs_.emplace(problem_, keys, scratch);
 #endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
@@ -82,7 +86,7 @@ class BackwardKeys {
     return (keys + 8) * strides + packed + (8 + kTileLanes) * strides +
            kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
            6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24 +
-           amx_floats(problem);
+           operand_floats(problem);
   }
 
   void compute(std::int64_t chunk, AccumulationOrder& order) {
@@ -105,13 +109,18 @@ class BackwardKeys {
   }
 
  private:
-  static std::int64_t amx_floats([[maybe_unused]] const AttentionProblem& problem) {
+  static std::int64_t operand_floats([[maybe_unused]] const AttentionProblem& problem) {
 #if ANNULUS_AMX
     if (uses_amx(problem.q.dtype)) {
       return BackwardOperands::floats(problem, backward_chunk_keys(problem));
     }
     if (splits_on_amx(problem.q.dtype)) {
       return BackwardSplit::floats(problem, backward_chunk_keys(problem));
+    }
+#endif
+#if ANNULUS_PAIRS
+    if (uses_bf16_dots(problem.q.dtype)) {
+      return BackwardPairs::floats(problem, backward_chunk_keys(problem));
     }
 #endif
     return 0;
@@ -137,6 +146,9 @@ class BackwardKeys {
     }
 #if ANNULUS_AMX
     if (amx_) operands_->load_keys(problem_, rows_);
+#endif
+#if ANNULUS_PAIRS
+    if (pairs_) pairs_->load_keys(problem_, rows_);
 #endif
   }
 
@@ -193,6 +205,12 @@ class BackwardKeys {
     }
 #if ANNULUS_AMX
     if (split_) return split_->load_queries(rows.count);
+#endif
+#if ANNULUS_PAIRS
+    if (pairs_) {
+      return pairs_->load_queries(q_rows_, k_stride_, grad_o_rows_, v_stride_,
+                                  problem_.scale < 0.0F);
+    }
 #endif
     transpose(q_rows_, k_stride_, kTileLanes, head_dim_, q_, kTileLanes);
     transpose(grad_o_rows_, v_stride_, kTileLanes, value_dim_, grad_o_, kTileLanes);
@@ -271,6 +289,9 @@ class BackwardKeys {
 #if ANNULUS_AMX
     if (amx_) return multiply_half_queries(tile.vectors, first, keys);
     if (split_) return split_->multiply_queries(tile.vectors, first, keys, p_, ds_, prefetch_);
+#endif
+#if ANNULUS_PAIRS
+    if (pairs_) return pairs_->multiply(tile.vectors, first, keys, p_, ds_, prefetch_);
 #endif
     gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, head_dim_},
                                             {k_ + first * head_dim_, 8 * head_dim_}, q_, kTileLanes,
@@ -451,6 +472,9 @@ class BackwardKeys {
 #if ANNULUS_AMX
   std::optional<BackwardSplit> split_;        // where splits_
   std::optional<BackwardOperands> operands_;  // where amx_
+#endif
+#if ANNULUS_PAIRS
+  std::optional<BackwardPairs> pairs_;  // where dot products of bf16 are used
 #endif
   float* lse_ = nullptr;    // [lanes]
   float* delta_ = nullptr;  // [lanes]
