@@ -381,22 +381,43 @@ class BackwardKeys {
            all_finite(k_ + first * head_dim_, keys * head_dim_);
   }
 
-  // The same sums without the terms of weight 0, which a mask may have dropped.
+  // The same sums, bit for bit, without the terms of weight 0, which a mask may have dropped.
   void add_kept_products(const LogitsTile& tile, std::int64_t first, const float* p,
                          const float* ds) {
-    for (std::int64_t i = 0; i < tile.run.keys.size(); ++i) {
-      const std::int64_t key = first + i;
-      const float* k = k_ + key / 8 * 8 * head_dim_ + key % 8;
-      for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
-        const float weight = p[i * kTileLanes + lane];
-        const float grad = ds[i * kTileLanes + lane];
-        if (weight != 0.0F) {
-          add_scaled(grad_o_rows_ + lane * v_stride_, weight, value_dim_, dv_ + key * v_stride_);
-        }
-        if (grad == 0.0F) continue;
-        add_scaled(q_rows_ + lane * k_stride_, grad, head_dim_, dk_ + key * k_stride_);
-        for (std::int64_t d = 0; d < head_dim_; ++d) dq_[d * kTileLanes + lane] += grad * k[d * 8];
+    const std::int64_t keys = tile.run.keys.size();
+    for (std::int64_t i = 0; i < keys; ++i) {
+      add_kept_rows(tile.rows.count, p + i * kTileLanes, grad_o_rows_, v_stride_, value_dim_,
+                    dv_ + (first + i) * v_stride_);
+      add_kept_rows(tile.rows.count, ds + i * kTileLanes, q_rows_, k_stride_, head_dim_,
+                    dk_ + (first + i) * k_stride_);
+    }
+    if (!call_.grad_q) return;
+    const Floats d;
+    for_each_vector(
+        head_dim_, tile.vectors, dq_, [&](std::int64_t column, std::int64_t v, float* at) HWY_ATTR {
+          FloatVec sum = hn::Zero(d);
+          for (std::int64_t i = 0; i < keys; ++i) {
+            const FloatVec weight = hn::Load(d, ds + i * kTileLanes + v * kLanes);
+            const float k = k_[(first + i) / 8 * 8 * head_dim_ + column * 8 + (first + i) % 8];
+            sum = hn::IfThenElse(hn::Eq(weight, hn::Zero(d)), sum,
+                                 hn::MulAdd(hn::Set(d, k), weight, sum));
+          }
+          hn::Store(hn::Add(hn::Load(d, at), sum), d, at);
+        });
+  }
+
+  // to[column] += Σ weight·row over the lanes whose weight is not 0; rows padded to whole vectors.
+  static void add_kept_rows(std::int64_t lanes, const float* weights, const float* rows,
+                            std::int64_t stride, std::int64_t dim, float* to) {
+    const Floats d;
+    for (std::int64_t column = 0; column < dim; column += kLanes) {
+      FloatVec sum = hn::Zero(d);
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        if (weights[lane] == 0.0F) continue;
+        const FloatVec row = hn::Load(d, rows + lane * stride + column);
+        sum = hn::MulAdd(hn::Set(d, weights[lane]), row, sum);
       }
+      hn::Store(hn::Add(hn::Load(d, to + column), sum), d, to + column);
     }
   }
 
