@@ -91,6 +91,14 @@ std::vector<std::string> TemporaryFolder::listing() const {
   return names;
 }
 
+const std::string& python() {
+  static const std::string found = [] {
+    const std::string system = "/usr/bin/python3";
+    return run_program({system, "-c", "import h5py"}).exit_code == 0 ? system : "python3";
+  }();
+  return found;
+}
+
 std::string sample_file() { return std::string(ANNULUS_TEST_DATA) + "/smollm_sample.h5"; }
 
 }  // namespace annulus::testing

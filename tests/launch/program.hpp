@@ -41,6 +41,9 @@ class TemporaryFolder {
 std::string content_of(const std::string& path);
 void write_text(const std::string& path, const std::string& text);
 
+/// A Python that has h5py: the system's, else the one of the path.
+const std::string& python();
+
 /// The small real file of the tests.
 std::string sample_file();
 

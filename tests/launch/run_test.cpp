@@ -103,22 +103,22 @@ TEST(Run, OtherToolsReadTheOutput) {
         "DATASET \"log_sum_exp\"", "ATTRIBUTE \"operation\"", "ATTRIBUTE \"input_digest\""}) {
     EXPECT_NE(dump.out.find(word), std::string::npos) << word << "\n" << dump.out;
   }
-  const Outcome python = run_program(
-      {"python3", "-c",
+  const Outcome reading = run_program(
+      {python(), "-c",
        "import h5py, sys\n"
        "o = h5py.File(sys.argv[1])['output']\n"
        "i = h5py.File(sys.argv[2])['layers/14/attention']\n"
        "assert o.attrs['operation'].decode() == 'ring', o.attrs['operation']\n"
        "print(abs(o['attention_outputs'][:] - i['attention_outputs'][:]).max() < 2e-5)\n",
        output, sample_file()});
-  EXPECT_EQ(python.out, "True\n") << python.err;
+  EXPECT_EQ(reading.out, "True\n") << reading.err;
 }
 
 TEST(Run, AConfigurationFileAndTheKeptOptionsStartTheSameRun) {
   const TemporaryFolder folder;
   ASSERT_EQ(run_sample(folder, 2, {"--op", "ring", "--window", "100,0"}).exit_code, 0);
   const Outcome kept =
-      run_program({"python3", "-c",
+      run_program({python(), "-c",
                    "import h5py, sys\n"
                    "print(h5py.File(sys.argv[1])['output'].attrs['options'].decode())\n",
                    folder.file("out.h5")});
@@ -185,7 +185,7 @@ TEST(Verify, FindsAWrongOutput) {
                 .exit_code,
             0);
   const Outcome swapped =
-      run_program({"python3", "-c",
+      run_program({python(), "-c",
                    "import h5py, sys\n"
                    "good, wrong = h5py.File(sys.argv[1]), h5py.File(sys.argv[2], 'a')\n"
                    "wrong['output'].attrs['options'] = good['output'].attrs['options']\n",
@@ -239,7 +239,7 @@ TEST(Verify, FindsAWrongGradient) {
                                         "--force", "--backward", "--grad-output", "query"});
     ASSERT_EQ(run.exit_code, 0) << run.err;
     const Outcome spoiled =
-        run_program({"python3", "-c",
+        run_program({python(), "-c",
                      "import h5py, sys\n"
                      "h5py.File(sys.argv[1], 'a')['output/grad_' + sys.argv[2]][1, -1] += 0.01\n",
                      output, name});
