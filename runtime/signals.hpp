@@ -2,20 +2,20 @@
 
 namespace annulus {
 
-/// Takes over the signals that end a job, so that each rank says where it was:
-/// TERM, USR1: exit status 143, INT: 130, after one line with phase, step and peer; what
-/// `on_signal_end` registered runs before. USR2: the last steps are dumped and the work goes on.
-/// CONT: a process that stood still for longer than set_stalled_after() waits up to two seconds for
-/// the TERM that a launcher sends next. XFSZ is ignored, so that the write fails. SEGV, BUS, FPE, ILL, ABRT: the line, the dump, then
-/// the signal's own end, without Open MPI's stack walk, which can hang in the allocator that just
-/// broke.
+/// Takes over the signals that end a job, so that each rank says where it was: TERM, USR1: exit
+/// status 143, INT: 130, after one line with phase, step and peer; what `on_signal_end` registered
+/// runs before. USR2: the last steps are dumped and the work goes on. CONT: a process that stood
+/// still for longer than set_stalled_after() waits up to two seconds for the TERM that a launcher
+/// sends next. XFSZ is ignored, so that the write fails. SEGV, BUS, FPE, ILL, ABRT: the line, the
+/// dump, then the signal's own end, without Open MPI's stack walk, which can hang in the allocator
+/// that just broke.
 void install_signal_handlers();
 
 /// Adds an async-signal-safe action, such as removing unfinished files; at most eight.
 void on_signal_end(void (*action)() noexcept);
 
-/// A rank that has waited longer than this dumps its steps when it is told to end: it hung. Of pauses
-/// it learns from OperationLog::note_running().
+/// A rank that has waited longer than this dumps its steps when it is told to end: it hung. Of
+/// pauses it learns from OperationLog::note_running().
 void set_stalled_after(double seconds) noexcept;
 
 }  // namespace annulus
