@@ -81,6 +81,15 @@ struct WholeProblem {
   }
 };
 
+Tensor magnitudes(const Tensor& tensor) {
+  Tensor result = Tensor::copy_of(tensor.view());
+  auto* values = static_cast<float*>(result.view().data);
+  for (std::int64_t i = 0, n = result.shape().elements(); i < n; ++i) {
+    values[i] = std::fabs(values[i]);
+  }
+  return result;
+}
+
 /// Copies the product of the runs of dimensions `dim` and up.
 void copy_runs(const ConstTensorView& from, const TensorView& to, const TensorLayout& layout,
                int rank, int dim) {
@@ -188,9 +197,16 @@ void run_reference(const OperationCase& c, OperationTensors& t, bool backward) {
     }
   }
   if (t.sinks) {
-    t.grad_sinks = filled(DType::f32, t.sinks.shape(), 0);
-    attention_sink_gradient(std::as_const(t.sinks).view(), std::as_const(t.log_sum_exp).view(),
-                            std::as_const(delta).view(), t.grad_sinks.view());
+    const auto sink_gradient = [&](const Tensor& row_sums) {
+      Tensor gradient = filled(DType::f32, t.sinks.shape(), 0);
+      attention_sink_gradient(std::as_const(t.sinks).view(), std::as_const(t.log_sum_exp).view(),
+                              row_sums.view(), gradient.view());
+      return gradient;
+    };
+    t.grad_sinks = sink_gradient(delta);
+    // It is linear in delta, so that |O|·|dO| in delta's place gives the sum of all magnitudes.
+    attention_delta(magnitudes(t.output).view(), magnitudes(t.grad_output).view(), delta.view());
+    t.sink_magnitudes = norm(sink_gradient(delta));
   }
 }
 
@@ -235,8 +251,10 @@ void expect_close(const Tensor& found, const Tensor& expected, double tolerance,
   EXPECT_LE(max_difference(found, expected), tolerance) << what;
 }
 
+/// `magnitudes`: norm of the sums of the terms' magnitudes, where the terms of a gradient can
+/// cancel.
 void expect_near_in_norm(const DistributedTensor& found, const Tensor& expected, Context& context,
-                         double tolerance, const std::string& what) {
+                         double tolerance, const std::string& what, double magnitudes = 0.0) {
   if (!found) return;
   const Tensor whole = annulus::gather(found, context.world(), 0);
   if (context.rank() != 0) return;
@@ -245,7 +263,7 @@ void expect_near_in_norm(const DistributedTensor& found, const Tensor& expected,
   auto* d = static_cast<float*>(difference.view().data);
   const auto* x = static_cast<const float*>(whole.view().data);
   for (std::int64_t i = 0, n = whole.shape().elements(); i < n; ++i) d[i] -= x[i];
-  EXPECT_LE(norm(difference), tolerance * std::max(norm(expected), 1e-3)) << what;
+  EXPECT_LE(norm(difference), tolerance * std::max({norm(expected), magnitudes, 1e-3})) << what;
 }
 
 }  // namespace
@@ -294,7 +312,8 @@ void expect_backward(Context& context, const std::string& operation, const Mesh&
   expect_near_in_norm(g.key, tensors.grad_key, context, tolerance, what + ", grad_key");
   expect_near_in_norm(g.value, tensors.grad_value, context, tolerance, what + ", grad_value");
   expect_near_in_norm(g.bias, tensors.grad_bias, context, tolerance, what + ", grad_bias");
-  expect_near_in_norm(g.sinks, tensors.grad_sinks, context, tolerance, what + ", grad_sinks");
+  expect_near_in_norm(g.sinks, tensors.grad_sinks, context, tolerance, what + ", grad_sinks",
+                      tensors.sink_magnitudes);
 }
 
 }  // namespace annulus::testing

@@ -26,6 +26,10 @@ struct OperationTensors {
   Tensor query, key, value, bias, mask, sinks, grad_output;
   Tensor output, log_sum_exp;
   Tensor grad_query, grad_key, grad_value, grad_bias, grad_sinks;
+  /// Norm that grad_sinks would have if no terms cancelled: a head's gradient sums signed terms of
+  /// all rows, and its rounding error goes with their magnitudes (Higham, Accuracy and Stability of
+  /// Numerical Algorithms, 4.2), however small the sum is.
+  double sink_magnitudes = 0.0;
 };
 
 /// Inputs only.
@@ -64,7 +68,8 @@ WholeResults run_both_passes(Context& context, const std::string& operation, con
                              const OperationCase& c, const OperationTensors& tensors,
                              const OperationConfig& config);
 
-/// The same with all gradients, within `tolerance` relative to the norm of each.
+/// The same with all gradients, within `tolerance` relative to the norm of each; of grad_sinks to
+/// sink_magnitudes.
 void expect_backward(Context& context, const std::string& operation, const Mesh& mesh,
                      const OperationCase& c, const OperationTensors& tensors, double tolerance,
                      Placement placement = Placement::working);
