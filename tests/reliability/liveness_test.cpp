@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include <atomic>
 #include <chrono>
 #include <filesystem>
 #include <random>
@@ -47,8 +48,18 @@ std::vector<Place> places(const std::vector<long>& ranks, int quick, int whole) 
   return result;
 }
 
+// Who was killed only mpirun can tell. It forgets where a rank dies so early that mpirun notes its
+// death before "the job runs": the later note replaces the earlier one, and about a running job
+// nothing is printed at the end (Open MPI 4.1.4, orte_plm_base_post_launch and dump_aborted_procs
+// in orte_quit.c). Then it says only this.
+bool launcher_forgot_who(const JobOutcome& outcome, long call) {
+  return call == 1 && says(outcome, "Primary job +terminated normally, but 1 process returned") &&
+         !says(outcome, "noticed that process rank");
+}
+
 TEST(Promise01, AKilledRankEndsTheJob) {
   Figures figures("1");
+  std::atomic<int> unnamed = 0;
   const auto cases = places({0, 1, 2, 3}, 1, 12);
   side_by_side(cases.size(), [&](std::size_t i) {
     const auto [rank, call] = cases[i];
@@ -58,16 +69,22 @@ TEST(Promise01, AKilledRankEndsTheJob) {
     figures.add(outcome.seconds);
     EXPECT_EQ(outcome.exit_code, 137) << what << "\n" << outcome.err;
     EXPECT_LE(outcome.seconds, 10.0) << what;
-    EXPECT_TRUE(says(outcome, "process rank " + std::to_string(rank) +
-                                  " with PID [0-9]+ on node [^ ]+ exited on signal 9"))
-        << what << "\n"
-        << outcome.err;
+    if (launcher_forgot_who(outcome, call)) {
+      ++unnamed;
+    } else {
+      EXPECT_TRUE(says(outcome, "process rank " + std::to_string(rank) +
+                                    " with PID [0-9]+ on node [^ ]+ exited on signal 9"))
+          << what << "\n"
+          << outcome.err;
+    }
     EXPECT_TRUE(says(outcome, "rank [0-9]+ \\([^)]+\\): SIGTERM in phase .*step [0-9]+: "))
         << what << "\n"
         << outcome.err;
     expect_clean_end(outcome, what);
     expect_nothing_or_all(folder.file("out.h5"), what);
   });
+  EXPECT_LT(unnamed, kRanks);  // of the first calls of each rank: the race is rare
+  if (unnamed > 0) figures.note(std::to_string(unnamed) + " of them not named by mpirun");
 }
 
 TEST(Promise02, AStoppedRankEndsTheJobAtTheDeadline) {
@@ -85,8 +102,8 @@ TEST(Promise02, AStoppedRankEndsTheJobAtTheDeadline) {
         << what << "\n"
         << outcome.err;
     // MPI's own start has no channel to ask over.
-    const bool can_ask = !says(
-        outcome, "in phase [^,]*, step [0-9]+: (start of MPI|watchdogs meet|communicator)");
+    const bool can_ask =
+        !says(outcome, "in phase [^,]*, step [0-9]+: (start of MPI|watchdogs meet|communicator)");
     if (can_ask) {
       EXPECT_TRUE(says(outcome, "suspect rank " + std::to_string(rank) + " \\(")) << what << "\n"
                                                                                   << outcome.err;
