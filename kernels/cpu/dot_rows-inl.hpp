@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "hwy/highway.h"
@@ -39,45 +38,45 @@ class DotRows {
     k_ = scratch.take(chunk_keys * head_dim_ / 2);
     v_ = scratch.take(chunk_keys * value_dim_ / 2);
     weights_ = scratch.take(kKeyTile / 2 * kTileLanes);
-    rows_ = scratch.take(kTileLanes * stride_);
+    rows_ = scratch.take(stride_);
     values_ = scratch.take(kKeyTile * value_dim_);
   }
 
   static std::int64_t scratch_floats(const AttentionProblem& problem, std::int64_t chunk_keys) {
     const std::int64_t dims = problem.head_dim() + problem.value_dim();
     return chunk_keys * dims / 2 + kKeyTile / 2 * kTileLanes +
-           kTileLanes * tile_stride(std::max(problem.head_dim(), problem.value_dim())) +
+           tile_stride(std::max(problem.head_dim(), problem.value_dim())) +
            kKeyTile * problem.value_dim() + 5 * 32;
   }
 
   /// Q as pairs of columns, [head_dim / 2, lanes].
   void load_queries(QueryTile& tile) {
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      load_pairs(problem_.q,
-                 row_offset(problem_.q, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]),
-                 rows_ + lane * stride_);
+    for (std::int64_t first = 0; first < kTileLanes; first += kRowsTogether) {
+      RowPointers rows{};
+      for (std::int64_t i = 0; i < kRowsTogether; ++i) {
+        const auto lane = static_cast<std::size_t>(first + i);
+        rows[static_cast<std::size_t>(i)] = pairs_at(
+            problem_.q,
+            row_offset(problem_.q, block_.rows.batch, tile.rows.query[lane], tile.rows.head[lane]));
+      }
+      transpose_rows(rows, kRowsTogether, head_dim_ / 2, tile.q + first, kTileLanes);
     }
-    transpose(rows_, stride_, kTileLanes, head_dim_ / 2, tile.q, kTileLanes);
     if (problem_.scale < 0.0F) flip_signs(head_dim_ / 2 * kTileLanes, tile.q);
   }
 
   /// K of a tile in panels of keys, [keys / 8, head_dim / 2, 8] pairs; V in panels of its columns,
   /// [value_dim / 8, keys / 2, 8]. Keys beyond the last are zeros.
   void pack(Span keys, std::size_t index) {
-    float* k = k_of(index);
-    for (std::int64_t first = 0; first < kKeyTile; first += 8) {
-      for (std::int64_t i = 0; i < 8; ++i) {
-        load_key(problem_.k, keys, keys.begin + first + i, rows_ + i * stride_);
-      }
-      transpose(rows_, stride_, 8, head_dim_ / 2, k + first * head_dim_ / 2, 8);
-    }
-    float* v = v_of(index);
     MagnitudeOfPairs magnitude;
-    for (std::int64_t first = 0; first < kKeyTile; first += 2) {
-      load_key(problem_.v, keys, keys.begin + first, rows_);
-      load_key(problem_.v, keys, keys.begin + first + 1, rows_ + stride_);
-      pair_rows(rows_, rows_ + stride_, value_dim_, kKeyTile / 2, first / 2, v, magnitude);
+    for (std::int64_t first = 0; first < kKeyTile; first += 8) {
+      transpose_rows(eight_keys(problem_.k, keys, first), 8, head_dim_ / 2,
+                     k_of(index) + first * head_dim_ / 2, 8);
+      const RowPointers rows = eight_keys(problem_.v, keys, first);
+      for (std::size_t i = 0; i < 8; i += 2) {
+        pair_rows(reinterpret_cast<const std::uint16_t*>(rows[i]),
+                  reinterpret_cast<const std::uint16_t*>(rows[i + 1]), value_dim_, kKeyTile / 2,
+                  (first + static_cast<std::int64_t>(i)) / 2, v_of(index), magnitude);
+      }
     }
     finite_[index] = magnitude.finite();
   }
@@ -124,19 +123,22 @@ class DotRows {
   }
   std::uint32_t* pairs() const { return reinterpret_cast<std::uint32_t*>(weights_); }
 
-  static void load_pairs(const ConstTensorView& view, std::int64_t at, float* to) {
-    std::memcpy(to, static_cast<const std::uint16_t*>(view.data) + at,
-                static_cast<std::size_t>(view.shape[3]) * sizeof(std::uint16_t));
+  // A row of bf16 as pairs in the bits of floats, to be read by vectors alone.
+  static const float* pairs_at(const ConstTensorView& view, std::int64_t at) {
+    return reinterpret_cast<const float*>(static_cast<const std::uint16_t*>(view.data) + at);
   }
 
-  void load_key(const ConstTensorView& view, Span keys, std::int64_t key, float* to) const {
-    if (key >= keys.end) {
-      std::fill_n(to, view.shape[3] / 2, 0.0F);
-      return;
+  // Eight rows from the `first` of a tile on, zeros beyond the last.
+  RowPointers eight_keys(const ConstTensorView& view, Span keys, std::int64_t first) const {
+    RowPointers rows{};
+    if (keys.begin + first + 8 > keys.end) std::fill_n(rows_, view.shape[3] / 2, 0.0F);
+    for (std::int64_t i = 0; i < 8; ++i) {
+      const std::int64_t key = keys.begin + first + i;
+      const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
+      if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
+      rows[static_cast<std::size_t>(i)] = key < keys.end ? pairs_at(view, at) : rows_;
     }
-    const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
-    if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
-    load_pairs(view, at, to);
+    return rows;
   }
 
   // V of some keys in f32, in panels of its columns from the first of them on.
@@ -159,7 +161,7 @@ class DotRows {
   float* k_ = nullptr;        // [key tiles, keys / 8, head_dim / 2, 8] pairs
   float* v_ = nullptr;        // [key tiles, value_dim / 8, keys / 2, 8] pairs
   float* weights_ = nullptr;  // [keys / 2, lanes] pairs
-  float* rows_ = nullptr;     // [lanes, stride]
+  float* rows_ = nullptr;     // [stride]
   float* values_ = nullptr;   // [value_dim / 8, keys, 8]
 };
 

@@ -173,7 +173,7 @@ class ForwardRows {
       const auto together = tiles.first(std::min(kTilesTogether, tiles.size()));
       if (chunk.begin == block_.rows.keys.begin) start_tiles(together);
       prefetch_rows(together, problem_.q, together.size());
-      if (call_.o) prefetch_rows(together, call_.o, 0);
+      if (call_.o && !streams_output(call_)) prefetch_rows(together, call_.o, 0);
       const Span seen = keys_seen(together, chunk);
       for (std::int64_t key = seen.begin; key < seen.end; key += kKeyTile) {
         const auto i = static_cast<std::size_t>((key - chunk.begin) / kKeyTile);

@@ -12,6 +12,7 @@
 
 #include "hwy/cache_control.h"
 #include "hwy/highway.h"
+#include "kernels/cpu/transpose-inl.hpp"
 #include "kernels/scalar.hpp"
 #include "kernels/types.hpp"
 
@@ -32,29 +33,30 @@ inline std::int64_t tile_stride(std::int64_t columns) {
   return (round_up(columns, 16) / 16 | 1) * 16;
 }
 
-HWY_INLINE void load_row_f32(const float* HWY_RESTRICT from, std::int64_t n,
-                             float* HWY_RESTRICT to) {
+/// Visits a row of n elements, a multiple of 8, by vectors: their tag and first element.
+template <typename Visit>
+HWY_INLINE void for_each_part(std::int64_t n, const Visit& visit) {
   const Sixteen wide;
   const Eight d;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(wide));
   std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) hn::StoreU(hn::LoadU(wide, from + i), wide, to + i);
-  if (i < n) hn::StoreU(hn::LoadU(d, from + i), d, to + i);
+  for (; i + lanes <= n; i += lanes) visit(wide, i);
+  if (i < n) visit(d, i);
+}
+
+HWY_INLINE void load_row_f32(const float* HWY_RESTRICT from, std::int64_t n,
+                             float* HWY_RESTRICT to) {
+  for_each_part(
+      n, [&](auto d, std::int64_t i) HWY_ATTR { hn::StoreU(hn::LoadU(d, from + i), d, to + i); });
 }
 
 template <typename Half>
 HWY_INLINE void load_row_half(const Half* HWY_RESTRICT from, std::int64_t n,
                               float* HWY_RESTRICT to) {
-  const Sixteen wide;
-  const hn::Rebind<Half, Sixteen> wide_half;
-  const Eight d;
-  const hn::Rebind<Half, Eight> dh;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(wide));
-  std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    hn::StoreU(hn::PromoteTo(wide, hn::LoadU(wide_half, from + i)), wide, to + i);
-  }
-  if (i < n) hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, from + i)), d, to + i);
+  for_each_part(n, [&](auto d, std::int64_t i) HWY_ATTR {
+    const hn::Rebind<Half, decltype(d)> dh;
+    hn::StoreU(hn::PromoteTo(d, hn::LoadU(dh, from + i)), d, to + i);
+  });
 }
 
 /// Row of n elements (a multiple of 8) at element offset `at`, to fp32.
@@ -95,14 +97,12 @@ HWY_INLINE hn::Vec<hn::RebindToUnsigned<D>> bf16_bits(D, V value) {
 
 HWY_INLINE void store_row_bf16(const float* HWY_RESTRICT from, std::int64_t n,
                                std::uint16_t* HWY_RESTRICT to) {
-  const Eight d;
-  const hn::Rebind<std::int32_t, Eight> di;
-  const hn::Rebind<std::uint16_t, Eight> du16;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
-  for (std::int64_t i = 0; i < n; i += lanes) {
+  for_each_part(n, [&](auto d, std::int64_t i) HWY_ATTR {
+    const hn::Rebind<std::int32_t, decltype(d)> di;
+    const hn::Rebind<std::uint16_t, decltype(d)> du16;
     const auto bits = hn::BitCast(di, bf16_bits(d, hn::LoadU(d, from + i)));
     hn::StoreU(hn::DemoteTo(du16, bits), du16, to + i);
-  }
+  });
 }
 
 /// Row of n fp32 elements (a multiple of 8) to element offset `at`.
@@ -118,36 +118,37 @@ HWY_INLINE void store_row(const float* HWY_RESTRICT from, std::int64_t n, void* 
   }
 }
 
-/// to[c][r] = from[r][c]; rows and columns are multiples of 4 (or of one lane).
-HWY_INLINE void transpose(const float* HWY_RESTRICT from, std::int64_t from_stride,
-                          std::int64_t rows, std::int64_t columns, float* HWY_RESTRICT to,
-                          std::int64_t to_stride) {
-#if HWY_TARGET == HWY_SCALAR
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+/// As store_row, but past the caches where the row is whole lines: its lines need not be fetched to
+/// be overwritten. The caller ends with hwy::FlushStream.
+HWY_INLINE void stream_row(const float* HWY_RESTRICT from, std::int64_t n, void* data, DType dtype,
+                           std::int64_t at) {
+  char* to = static_cast<char*>(data) + at * size_bytes(dtype);
+  const bool whole_lines =
+      (reinterpret_cast<std::uintptr_t>(to) | static_cast<std::uintptr_t>(n * size_bytes(dtype))) %
+          64 ==
+      0;
+  if (whole_lines && dtype == DType::f32) {
+    for_each_part(n, [&](auto d, std::int64_t i) HWY_ATTR {
+      hn::Stream(hn::LoadU(d, from + i), d, reinterpret_cast<float*>(to) + i);
+    });
+    return;
   }
-#else
-  const hn::FixedTag<float, 4> d;
-  const hn::FixedTag<std::uint64_t, 2> dw;
-  for (std::int64_t r = 0; r < rows; r += 4) {
-    for (std::int64_t c = 0; c < columns; c += 4) {
-      const float* in = from + r * from_stride + c;
-      const auto r0 = hn::LoadU(d, in);
-      const auto r1 = hn::LoadU(d, in + from_stride);
-      const auto r2 = hn::LoadU(d, in + 2 * from_stride);
-      const auto r3 = hn::LoadU(d, in + 3 * from_stride);
-      const auto low01 = hn::BitCast(dw, hn::InterleaveLower(d, r0, r1));
-      const auto low23 = hn::BitCast(dw, hn::InterleaveLower(d, r2, r3));
-      const auto high01 = hn::BitCast(dw, hn::InterleaveUpper(d, r0, r1));
-      const auto high23 = hn::BitCast(dw, hn::InterleaveUpper(d, r2, r3));
-      float* out = to + c * to_stride + r;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, low01, low23)), d, out);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, low01, low23)), d, out + to_stride);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, high01, high23)), d, out + 2 * to_stride);
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, high01, high23)), d, out + 3 * to_stride);
+#if HWY_TARGET == HWY_AVX3
+  if (whole_lines && dtype == DType::bf16) {
+    const Sixteen d;
+    const hn::Rebind<std::int32_t, Sixteen> di;
+    const hn::Rebind<std::uint16_t, Sixteen> du16;
+    for (std::int64_t i = 0; i < n; i += 32) {
+      const auto low = hn::BitCast(di, bf16_bits(d, hn::LoadU(d, from + i)));
+      const auto high = hn::BitCast(di, bf16_bits(d, hn::LoadU(d, from + i + 16)));
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * i),
+                          _mm512_inserti64x4(_mm512_castsi256_si512(hn::DemoteTo(du16, low).raw),
+                                             hn::DemoteTo(du16, high).raw, 1));
     }
+    return;
   }
 #endif
+  store_row(from, n, data, dtype, at);
 }
 
 /// Panels [columns / 8, rows, 8] of rows [rows, columns]: row `row` of `rows`.
@@ -168,6 +169,42 @@ inline bool all_finite(const float* HWY_RESTRICT values, std::int64_t count) {
     largest = std::max(largest, bits & 0x7fffffffU);
   }
   return largest < 0x7f800000U;
+}
+
+/// Eight rows as rows [first, first + 8) of panels [columns / 8, panel_rows, 8], a panel's eight in
+/// turn: stores a page apart would share one set of the cache. Whether all values are finite.
+HWY_INLINE bool store_eight_in_panels(const RowPointers& rows, std::int64_t columns,
+                                      std::int64_t panel_rows, std::int64_t first,
+                                      float* HWY_RESTRICT panels) {
+  std::int64_t c = 0;
+  bool finite = true;
+#if HWY_TARGET == HWY_AVX3
+  const Sixteen d;
+  const hn::RebindToUnsigned<Sixteen> du;
+  const auto no_sign = hn::Set(du, 0x7fffffffU);
+  auto largest = hn::Zero(du);
+  for (; c + 16 <= columns; c += 16) {
+    float* to = panels + c * panel_rows + first * 8;
+    HWY_UNROLL(4)
+    for (std::size_t i = 0; i < 8; i += 2) {
+      const auto lower = hn::LoadU(d, rows[i] + c);
+      const auto upper = hn::LoadU(d, rows[i + 1] + c);
+      largest = hn::Max(largest, hn::And(hn::BitCast(du, lower), no_sign));
+      largest = hn::Max(largest, hn::And(hn::BitCast(du, upper), no_sign));
+      hn::StoreU(hn::ConcatLowerLower(d, upper, lower), d, to + i * 8);
+      hn::StoreU(hn::ConcatUpperUpper(d, upper, lower), d, to + 8 * panel_rows + i * 8);
+    }
+  }
+  finite = hn::AllTrue(du, hn::Lt(largest, hn::Set(du, 0x7f800000U)));
+#endif
+  for (; c < columns; c += 8) {
+    float* to = panels + c * panel_rows + first * 8;
+    for (std::size_t i = 0; i < 8; ++i) {
+      load_row_f32(rows[i] + c, 8, to + i * 8);
+      finite = finite && all_finite(rows[i] + c, 8);
+    }
+  }
+  return finite;
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

@@ -75,6 +75,12 @@ inline void add_kept_values(QueryTile& tile, std::int64_t value_dim, std::int64_
   }
 }
 
+/// Whether O is more than caches would keep for who reads it next: it is written past them.
+inline bool streams_output(const ForwardCall& call) {
+  constexpr std::int64_t kKeptBytes = std::int64_t{1} << 20;
+  return call.o && call.o.shape.elements() * size_bytes(call.o.dtype) > kKeptBytes;
+}
+
 /// The running softmax of tiles: begun, or resumed from what is carried, and at the end finished or
 /// carried on.
 class CarriedRows {
@@ -140,11 +146,10 @@ class CarriedRows {
       write_statistic(state.row_max, tile, lane, tile.state.max[lane]);
       write_statistic(state.row_sum, tile, lane, tile.state.sum[lane]);
     }
-    write_rows(tile, state.accumulator);
+    write_rows(tile, state.accumulator, nullptr);
   }
 
-  void write_output(QueryTile& tile) {
-    const Floats d;
+  void write_output(const QueryTile& tile) {
     for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
       const bool empty = tile.state.max[lane] == kMinusInfinity;
       factor_[lane] = empty ? 0.0F : 1.0F / tile.state.sum[lane];
@@ -153,13 +158,7 @@ class CarriedRows {
           call_.log_sum_exp, tile, lane,
           empty ? kMinusInfinity : tile.state.max[lane] + std::log(tile.state.sum[lane]));
     }
-    for_each_vector(value_dim_, tile.vectors, tile.o,
-                    [&](std::int64_t, std::int64_t v, float* at) HWY_ATTR {
-                      const FloatVec factor = hn::Load(d, factor_ + v * kLanes);
-                      const auto empty = hn::Eq(factor, hn::Zero(d));
-                      hn::Store(hn::IfThenZeroElse(empty, hn::Mul(hn::Load(d, at), factor)), d, at);
-                    });
-    write_rows(tile, call_.o);
+    write_rows(tile, call_.o, factor_);
   }
 
   void write_statistic(const TensorView& view, const QueryTile& tile, std::int64_t lane,
@@ -169,13 +168,28 @@ class CarriedRows {
                                                     tile.rows.query[i])] = value;
   }
 
-  void write_rows(const QueryTile& tile, const TensorView& view) {
-    transpose(tile.o, kTileLanes, value_dim_, kTileLanes, row_, stride_);
-    for (std::int64_t lane = 0; lane < tile.rows.count; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      store_row(row_ + lane * stride_, value_dim_, view.data, view.dtype,
-                row_offset(view, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]));
+  // Oᵀ of a tile as rows, each times its factor where there are factors: 0 leaves only zeros.
+  void write_rows(const QueryTile& tile, const TensorView& view, const float* factors) {
+    for (std::int64_t first = 0; first < tile.rows.count; first += kLanes) {
+      transpose(tile.o + first, kTileLanes, value_dim_, kLanes, row_, stride_);
+      const std::int64_t end = std::min(first + kLanes, tile.rows.count);
+      for (std::int64_t lane = first; lane < end; ++lane) {
+        const auto i = static_cast<std::size_t>(lane);
+        float* row = row_ + (lane - first) * stride_;
+        if (factors != nullptr) scale_row(factors[lane], row);
+        const auto store = factors != nullptr && streams_output(call_) ? stream_row : store_row;
+        store(row, value_dim_, view.data, view.dtype,
+              row_offset(view, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]));
+      }
     }
+    hwy::FlushStream();
+  }
+
+  void scale_row(float factor, float* row) const {
+    if (factor == 0.0F) return (void)std::fill_n(row, value_dim_, 0.0F);
+    for_each_part(value_dim_, [&](auto d, std::int64_t i) HWY_ATTR {
+      hn::StoreU(hn::Mul(hn::LoadU(d, row + i), hn::Set(d, factor)), d, row + i);
+    });
   }
 
   const ForwardCall& call_;

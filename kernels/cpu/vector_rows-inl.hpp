@@ -33,49 +33,42 @@ class VectorRows {
         finite_(static_cast<std::size_t>(chunk_keys / kKeyTile)),
         k_(scratch.take(chunk_keys * head_dim_)),
         v_(scratch.take(chunk_keys * value_dim_)),
-        rows_(scratch.take(kMostRows * stride_)) {}
+        rows_(scratch.take(kRowsTogether * stride_)) {}
 
   static std::int64_t scratch_floats(const AttentionProblem& problem, std::int64_t chunk_keys) {
     const std::int64_t stride = tile_stride(std::max(problem.head_dim(), problem.value_dim()));
     return Scratch::room_for(chunk_keys * problem.head_dim()) +
            Scratch::room_for(chunk_keys * problem.value_dim()) +
-           Scratch::room_for(kMostRows * stride);
+           Scratch::room_for(kRowsTogether * stride);
   }
 
   /// Q as [head_dim, lanes].
   void load_queries(QueryTile& tile) {
-    for (std::int64_t lane = 0; lane < kTileLanes; ++lane) {
-      const auto i = static_cast<std::size_t>(lane);
-      float* row = rows_ + lane * stride_;
-      load_row(problem_.q.data, problem_.q.dtype,
-               row_offset(problem_.q, block_.rows.batch, tile.rows.query[i], tile.rows.head[i]),
-               head_dim_, row);
-      if (problem_.scale < 0.0F) {
-        for (std::int64_t d = 0; d < head_dim_; ++d) row[d] = -row[d];
+    for (std::int64_t first = 0; first < kTileLanes; first += kRowsTogether) {
+      const std::int64_t count = std::min(kRowsTogether, kTileLanes - first);
+      RowPointers rows{};
+      for (std::int64_t i = 0; i < count; ++i) {
+        const auto lane = static_cast<std::size_t>(first + i);
+        rows[static_cast<std::size_t>(i)] = row_of(
+            problem_.q,
+            row_offset(problem_.q, block_.rows.batch, tile.rows.query[lane], tile.rows.head[lane]),
+            rows_ + i * stride_);
       }
+      transpose_rows(rows, count, head_dim_, tile.q + first, kTileLanes);
     }
-    transpose(rows_, stride_, kTileLanes, head_dim_, tile.q, kTileLanes);
+    if (problem_.scale >= 0.0F) return;
+    for (std::int64_t i = 0; i < head_dim_ * kTileLanes; ++i) tile.q[i] = -tile.q[i];
   }
 
   /// K of a tile in panels of keys, [keys / 8, head_dim, 8]; V in panels of its columns,
   /// [value_dim / 8, keys, 8]. Keys beyond the last are zeros.
   void pack(Span keys, std::size_t index) {
-    float* k = k_of(index);
-    float* v = v_of(index);
     bool finite = true;
     for (std::int64_t first = 0; first < kKeyTile; first += 8) {
-      load_keys(problem_.k, keys, keys.begin + first);
-      transpose(rows_, stride_, 8, head_dim_, k + first * head_dim_, 8);
-      load_keys(problem_.v, keys, keys.begin + first);
-      for (std::int64_t i = 0; i < 8; ++i) {
-        finite = finite && all_finite(rows_ + i * stride_, value_dim_);
-      }
-      // A panel's eight rows in turn: stores a page apart would share one set of the cache.
-      for (std::int64_t c = 0; c < value_dim_; c += 8) {
-        float* panel = v + c * kKeyTile + first * 8;
-        for (std::int64_t i = 0; i < 8; ++i)
-          load_row_f32(rows_ + i * stride_ + c, 8, panel + i * 8);
-      }
+      transpose_rows(eight_keys(problem_.k, keys, first), 8, head_dim_,
+                     k_of(index) + first * head_dim_, 8);
+      finite &= store_eight_in_panels(eight_keys(problem_.v, keys, first), value_dim_, kKeyTile,
+                                      first, v_of(index));
     }
     finite_[index] = finite;
   }
@@ -104,8 +97,6 @@ class VectorRows {
   }
 
  private:
-  static constexpr std::int64_t kMostRows = kTileLanes > 8 ? kTileLanes : 8;
-
   float* k_of(std::size_t index) const {
     return k_ + static_cast<std::int64_t>(index) * kKeyTile * head_dim_;
   }
@@ -113,16 +104,29 @@ class VectorRows {
     return v_ + static_cast<std::int64_t>(index) * kKeyTile * value_dim_;
   }
 
-  // Eight rows from `key` on, zeros beyond the last.
-  void load_keys(const ConstTensorView& view, Span keys, std::int64_t key) const {
+  // A row in f32: where it lies, or converted.
+  static const float* row_of(const ConstTensorView& view, std::int64_t at, float* converted) {
+    if (view.dtype == DType::f32) return static_cast<const float*>(view.data) + at;
+    load_row(view.data, view.dtype, at, view.shape[3], converted);
+    return converted;
+  }
+
+  // Eight rows from the `first` of a tile on, zeros beyond the last.
+  RowPointers eight_keys(const ConstTensorView& view, Span keys, std::int64_t first) const {
+    RowPointers rows{};
     for (std::int64_t i = 0; i < 8; ++i) {
+      const std::int64_t key = keys.begin + first + i;
       float* row = rows_ + i * stride_;
-      if (key + i < keys.end) {
-        load_key_row(view, block_.rows, keys, key + i, row);
-      } else {
+      if (key >= keys.end) {
         std::fill_n(row, view.shape[3], 0.0F);
+        rows[static_cast<std::size_t>(i)] = row;
+        continue;
       }
+      const std::int64_t at = row_offset(view, block_.rows.batch, key, block_.rows.kv_head);
+      if (key + kRowsAhead < keys.end) prefetch_row(view, at + kRowsAhead * view.strides[1]);
+      rows[static_cast<std::size_t>(i)] = row_of(view, at, row);
     }
+    return rows;
   }
 
   const AttentionProblem& problem_;
@@ -134,7 +138,7 @@ class VectorRows {
   std::vector<bool> finite_;  // whether V of a key tile is
   float* k_;                  // [key tiles, keys / 8, head_dim, 8]
   float* v_;                  // [key tiles, value_dim / 8, keys, 8]
-  float* rows_;               // [lanes, stride]
+  float* rows_;               // [kRowsTogether, stride]
 };
 
 }  // namespace annulus::kernels::HWY_NAMESPACE
