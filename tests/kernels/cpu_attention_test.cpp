@@ -77,9 +77,12 @@ double max_error(const std::vector<double>& x, const std::vector<double>& refere
   return worst;
 }
 
-// 2·max|(ref + 0.3) − 0.3 − ref|, computed in the dtype, and eight roundings in f32 of the largest
-// value or term: with few elements plain attention may be right by luck.
-double absolute_tolerance(const std::vector<double>& reference, DType dtype, double largest) {
+// 2·max|(ref + 0.3) − 0.3 − ref|, computed in the dtype, and roundings in f32, since with few
+// elements plain attention may be right by luck: eight of the largest value or term, and four of
+// the largest logit (its sum, its scaling, the maximum subtracted, the log-sum-exp), whose error is
+// the relative error of its weight.
+double absolute_tolerance(const std::vector<double>& reference, DType dtype, double largest,
+                          double largest_logit) {
   double worst = 0.0;
   for (const double value : reference) {
     if (std::isinf(value)) continue;
@@ -91,17 +94,17 @@ double absolute_tolerance(const std::vector<double>& reference, DType dtype, dou
     const float there = round(round(static_cast<float>(value)) + 0.3F);
     worst = std::max(worst, std::abs(static_cast<double>(round(there - 0.3F)) - value));
   }
-  return 2.0 * worst + 8.0 * 0x1p-24 * largest;
+  return 2.0 * worst + (8.0 + 4.0 * largest_logit) * 0x1p-24 * largest;
 }
 
 // FlashAttention's rule: the error may be twice that of plain attention in the same dtype.
 void expect_close(const char* what, const std::vector<double>& x,
                   const std::vector<double>& reference, const std::vector<double>& plain,
-                  DType dtype, double factor, double largest_term = 1.0) {
+                  DType dtype, double factor, double largest_logit, double largest_term = 1.0) {
   const double error = max_error(x, reference);
   const double plain_error = max_error(plain, reference);
   const double tolerance =
-      factor * plain_error + absolute_tolerance(reference, dtype, largest_term);
+      factor * plain_error + absolute_tolerance(reference, dtype, largest_term, largest_logit);
   EXPECT_LE(error, tolerance) << what << ": plain attention's error is " << plain_error;
 }
 
@@ -205,9 +208,9 @@ void check_forward(const RandomAttention& random, const Expected& expected, bool
     attention_forward({problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}}, "cpu");
   }
   expect_close(in_parts ? "o in parts" : "o", o.values(), expected.o, expected.plain.o,
-               problem.q.dtype, random.rule_factor);
+               problem.q.dtype, random.rule_factor, expected.plain.largest_logit);
   expect_close("log_sum_exp", lse.values(), expected.log_sum_exp, expected.plain.log_sum_exp,
-               DType::f32, random.rule_factor);
+               DType::f32, random.rule_factor, expected.plain.largest_logit);
   EXPECT_TRUE(o.margins_intact() && lse.margins_intact());
 }
 
@@ -244,7 +247,7 @@ void check_backward(const RandomAttention& random, const Expected& expected) {
   const auto check = [&](const char* what, const HostTensor& x,
                          const std::vector<double>& reference, const std::vector<double>& plain) {
     expect_close(what, x.values(), plus_one(reference), plus_one(plain), problem.q.dtype,
-                 random.rule_factor, expected.plain.largest_term);
+                 random.rule_factor, expected.plain.largest_logit, expected.plain.largest_term);
     EXPECT_TRUE(x.margins_intact()) << what;
   };
   check("grad_q", grad_q, expected.grad_q, expected.plain.grad_q);

@@ -82,6 +82,7 @@ struct Pair {
   std::int64_t k;
   float logit;
   float slope;
+  float largest;  // of what the logit was on its way
   float p = 0.0F;
 };
 
@@ -93,7 +94,7 @@ std::vector<Pair> logits(const AttentionProblem& problem, const Rows& q_rows, co
     if (!kept(problem, b, h, q, k)) continue;
     const float raw =
         dot(q_rows, q_rows.at(b, q, h), k_rows, k_rows.at(b, k, problem.kv_head_of(h)));
-    Pair pair{k, rounded(dtype, problem.scale * raw), 1.0F};
+    Pair pair{k, rounded(dtype, problem.scale * raw), 1.0F, std::abs(problem.scale * raw)};
     if (problem.soft_cap > 0.0F) {
       const float t = std::tanh(pair.logit / problem.soft_cap);
       pair.logit = rounded(dtype, problem.soft_cap * t);
@@ -103,6 +104,7 @@ std::vector<Pair> logits(const AttentionProblem& problem, const Rows& q_rows, co
       const double bias = load_element(problem.bias.data, problem.bias.dtype,
                                        pair_offset(problem.bias, b, h, q, k));
       pair.logit = rounded(dtype, pair.logit + static_cast<float>(bias));
+      pair.largest = std::max(pair.largest, std::abs(pair.logit));
     }
     pairs.push_back(pair);
   }
@@ -150,6 +152,7 @@ PlainAttention plain_attention(const AttentionProblem& problem, ConstTensorView 
         const std::int64_t kv = problem.kv_head_of(h);
         const std::size_t q_at = q_rows.at(b, q, h), o_at = o_rows.at(b, q, h);
         for (const Pair& pair : pairs) {
+          plain.largest_logit = std::max(plain.largest_logit, static_cast<double>(pair.largest));
           const float weight =
               rounded(dtype, pair.p * dropout_factor(problem.dropout, b, h, q, pair.k));
           const std::size_t v_at = v_rows.at(b, pair.k, kv);

@@ -16,6 +16,7 @@ struct PlainAttention {
   std::vector<double> log_sum_exp;  // [batch, q_heads, seq_q]
   std::vector<double> grad_q, grad_k, grad_v;
   double largest_term = 1.0;      // of dP and delta, which cancel in the gradients
+  double largest_logit = 0.0;     // of kept pairs, before soft cap and bias or after
   std::vector<double> grad_bias;  // [batch|1, q_heads|1, seq_q, seq_kv]
 };
 
