@@ -28,7 +28,7 @@ namespace {
 // Keys packed at a time, and tiles of queries that meet a tile of keys in turn while it is in L2,
 // their own q and o next to it.
 constexpr std::int64_t kChunkKeys = 64 * kKeyTile;
-constexpr std::size_t kTilesTogether = 16;
+constexpr std::int64_t kTilesTogether = 16;
 
 // One pass of FlashAttention (Dao, 2023) over the keys of a task. K and V are packed once for all
 // its queries and heads, chunk by chunk, each tile when first needed.
@@ -42,8 +42,10 @@ class ForwardRows {
         v_stride_(tile_stride(problem_.value_dim())),
         amx_(uses_amx(problem_.q.dtype)),
         splits_(splits_on_amx(problem_.q.dtype)),
-        dots_(uses_bf16_dots(problem_.q.dtype)) {
-    const std::int64_t chunk = packed_keys(block.rows);
+        dots_(uses_bf16_dots(problem_.q.dtype)),
+        room_(key_room(problem_, block.rows)),
+        tile_in_slot_(static_cast<std::size_t>(room_.keys / kKeyTile)) {
+    const std::int64_t chunk = room_.keys;
 #if ANNULUS_AMX
     if (amx_) take_amx(chunk, scratch);
 #endif
@@ -71,11 +73,13 @@ class ForwardRows {
     const std::int64_t k_stride = tile_stride(problem.head_dim());
     const std::int64_t v_stride = tile_stride(problem.value_dim());
     const std::int64_t lanes = tile_lanes(splits_on_amx(problem.q.dtype));
-    const std::int64_t tiles = (block.rows() + lanes - 1) / lanes;
+    std::int64_t tiles = (block.rows() + lanes - 1) / lanes;
+    const KeyRoom room = key_room(problem, block);
+    if (room.narrow) tiles = std::min(tiles, kTilesTogether);
     const std::int64_t per_tile = Scratch::room_for(kTileLanes) * 3 + split_query_floats(problem) +
                                   Scratch::room_for(packed_dim(problem.head_dim()) * kTileLanes) +
                                   Scratch::room_for(problem.value_dim() * kTileLanes);
-    return packed_floats(problem, packed_keys(block)) +
+    return packed_floats(problem, room.keys) +
            (uses_amx(problem.q.dtype) ? amx_floats(problem) : 0) + 4 * kKeyTile * kTileLanes +
            kPairRowsFloats + std::max<std::int64_t>(kTileLanes, 8) * std::max(k_stride, v_stride) +
            tiles * per_tile + 512;
@@ -83,11 +87,9 @@ class ForwardRows {
 
   void compute() {
     const AmxScope amx(amx_ || splits_);
-    for (const Slice& slice : problem_.mask.of_batch(block_.rows.batch)) {
-      const Slice part = clip(slice, block_.rows.queries, block_.rows.keys);
-      if (!part.q.empty() && !part.k.empty()) slices_.push_back(part);
-    }
+    slices_ = slices_of(problem_, block_.rows);
     const Span all = block_.rows.keys;
+    if (room_.narrow) return add_chunk(all);
     std::int64_t key = all.begin;
     do {
       add_chunk(intersect(all, {key, key + kChunkKeys}));
@@ -129,8 +131,36 @@ class ForwardRows {
   // Columns of a packed row in floats: also enough for bf16 up to a multiple of 32.
   static std::int64_t packed_dim(std::int64_t dim) { return std::max<std::int64_t>(dim, 16); }
 
-  static std::int64_t packed_keys(const RowBlock& block) {
-    return std::min(kChunkKeys, round_up(block.keys.size(), kKeyTile));
+  // Keys that have room at a time. Where tiles of queries that meet keys in turn see few of the
+  // block's, as under a window, they are done with all of them before the next ones start: those
+  // reuse their memory, which stays in L2.
+  struct KeyRoom {
+    std::int64_t keys = 0;
+    bool narrow = false;
+  };
+
+  static KeyRoom key_room(const AttentionProblem& problem, const RowBlock& block) {
+    const std::int64_t all = std::min(kChunkKeys, round_up(block.keys.size(), kKeyTile));
+    if (uses_amx(problem.q.dtype) || splits_on_amx(problem.q.dtype)) return {all, false};
+    const std::int64_t together = most_keys_together(problem, block);
+    if (together > kChunkKeys || 2 * together > block.keys.size()) return {all, false};
+    return {together, true};
+  }
+
+  static std::int64_t most_keys_together(const AttentionProblem& problem, const RowBlock& block) {
+    const std::vector<Slice> slices = slices_of(problem, block);
+    const std::int64_t step = kTilesTogether * kTileLanes;
+    const std::int64_t heads = block.q_heads.size();
+    std::int64_t most = kKeyTile;
+    for (std::int64_t row = 0; row < block.rows(); row += step) {
+      // Where the two last tiles share their rows, the next may start a tile earlier.
+      const Span queries{
+          block.queries.begin + std::max<std::int64_t>(row - kTileLanes, 0) / heads,
+          std::min(block.queries.begin + (row + step) / heads + 1, block.queries.end)};
+      const Span seen = keys_seen(slices, queries, block.keys);
+      most = std::max(most, round_up(seen.size(), kKeyTile));
+    }
+    return most;
   }
 
   QueryTile make_tile(std::int64_t first_row, Scratch& scratch) {
@@ -140,6 +170,13 @@ class ForwardRows {
     QueryTile tile;
     tile.rows = rows_of_tile(block_.rows, first_row, tile_lanes(splits_ || share));
     tile.vectors = (tile.rows.count + kLanes - 1) / kLanes;
+    if (room_.narrow && tiles_.size() >= kTilesTogether) {
+      const QueryTile& done = tiles_[tiles_.size() - kTilesTogether];
+      tile.q = done.q;
+      tile.o = done.o;
+      tile.state = done.state;
+      return tile;
+    }
     tile.q = scratch.take(packed_dim(problem_.head_dim()) * kTileLanes);
     tile.o = scratch.take(problem_.value_dim() * kTileLanes);
     tile.state = {scratch.take(kTileLanes), scratch.take(kTileLanes)};
@@ -166,18 +203,18 @@ class ForwardRows {
   }
 
   void add_chunk(Span chunk) {
-    packed_.assign(static_cast<std::size_t>((chunk.size() + kKeyTile - 1) / kKeyTile), false);
-    finite_ = packed_;
+    std::fill(tile_in_slot_.begin(), tile_in_slot_.end(), -1);
+    finite_.assign(tile_in_slot_.size(), false);
     for (std::size_t first = 0; first < tiles_.size(); first += kTilesTogether) {
       const auto tiles = std::span(tiles_).subspan(first);
-      const auto together = tiles.first(std::min(kTilesTogether, tiles.size()));
+      const auto together = tiles.first(std::min<std::size_t>(kTilesTogether, tiles.size()));
       if (chunk.begin == block_.rows.keys.begin) start_tiles(together);
       prefetch_rows(together, problem_.q, together.size());
       if (call_.o && !streams_output(call_)) prefetch_rows(together, call_.o, 0);
-      const Span seen = keys_seen(together, chunk);
+      const Span seen = keys_seen(
+          slices_, {together.front().rows.queries.begin, together.back().rows.queries.end}, chunk);
       for (std::int64_t key = seen.begin; key < seen.end; key += kKeyTile) {
-        const auto i = static_cast<std::size_t>((key - chunk.begin) / kKeyTile);
-        add_keys(together, i, intersect(chunk, {key, key + kKeyTile}));
+        add_keys(together, (key - chunk.begin) / kKeyTile, intersect(chunk, {key, key + kKeyTile}));
       }
 #if ANNULUS_AMX
       if (split_) split_->finish();
@@ -185,21 +222,6 @@ class ForwardRows {
       if (chunk.end != block_.rows.keys.end) continue;
       for (QueryTile& tile : together) carried_->end(tile);
     }
-  }
-
-  // Keys of a chunk, in whole tiles of it, outside of which no slice keeps any for these tiles.
-  Span keys_seen(std::span<const QueryTile> tiles, Span chunk) const {
-    const Span queries{tiles.front().rows.queries.begin, tiles.back().rows.queries.end};
-    Span seen;
-    for (const Slice& slice : slices_) {
-      const Slice part = clip(slice, queries, chunk);
-      if (part.q.empty() || part.k.empty()) continue;
-      seen = seen.empty()
-                 ? part.k
-                 : Span{std::min(seen.begin, part.k.begin), std::max(seen.end, part.k.end)};
-    }
-    if (seen.empty()) return seen;
-    return {seen.begin - (seen.begin - chunk.begin) % kKeyTile, seen.end};
   }
 
   void start_tiles(std::span<QueryTile> tiles) {
@@ -222,11 +244,13 @@ class ForwardRows {
                   heads.size() * view.shape[3], wanted.size());
   }
 
-  void add_keys(std::span<QueryTile> tiles, std::size_t index, Span keys) {
+  // `number`: of the tile of keys in its chunk.
+  void add_keys(std::span<QueryTile> tiles, std::int64_t number, Span keys) {
+    const std::size_t index = static_cast<std::size_t>(number) % tile_in_slot_.size();
     for (QueryTile& tile : tiles) {
       for (const KeyRun& run : runs_.find(slices_, tile.rows.queries, keys)) {
-        if (!packed_[index]) pack_keys(keys, index);
-        packed_[index] = true;
+        if (tile_in_slot_[index] != number) pack_keys(keys, index);
+        tile_in_slot_[index] = number;
 #if ANNULUS_AMX
         if (amx_) {
           add_run_on_tiles(tile, run, run.keys.begin - keys.begin, index);
@@ -427,8 +451,9 @@ class ForwardRows {
   std::optional<VectorRows> vector_;  // where none of the others
   std::optional<CarriedRows> carried_;
   RowPrefetch prefetch_;
-  std::vector<bool> packed_;  // by key tile of the chunk
-  std::vector<bool> finite_;  // whether V of it is, where it was looked at
+  KeyRoom room_;
+  std::vector<std::int64_t> tile_in_slot_;  // numbers of packed tiles of keys, by where they are
+  std::vector<bool> finite_;                // whether V of them is, where it was looked at
   std::vector<QueryTile> tiles_;
   std::vector<Slice> slices_;
   KeyRuns runs_;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "kernels/cpu/row_block.hpp"
+
 namespace annulus::kernels {
 
 std::span<const KeyRun> KeyRuns::find(std::span<const Slice> slices, Span queries, Span keys) {
@@ -27,6 +29,18 @@ std::span<const KeyRun> KeyRuns::find(std::span<const Slice> slices, Span querie
     first = end;
   }
   return runs_;
+}
+
+Span keys_seen(std::span<const Slice> slices, Span queries, Span keys) {
+  Span seen;
+  for (const Slice& slice : slices) {
+    const Slice part = clip(slice, queries, keys);
+    if (part.q.empty() || part.k.empty()) continue;
+    seen = seen.empty() ? part.k
+                        : Span{std::min(seen.begin, part.k.begin), std::max(seen.end, part.k.end)};
+  }
+  if (seen.empty()) return seen;
+  return {seen.begin - (seen.begin - keys.begin) % kKeyTile, seen.end};
 }
 
 Span keys_in_run(const KeyRun& run, const Slice& slice, std::int64_t query) {

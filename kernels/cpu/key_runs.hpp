@@ -27,6 +27,9 @@ class KeyRuns {
   std::vector<KeyRun> runs_;
 };
 
+/// Those of `keys`, in whole tiles of them, outside of which no slice keeps any for `queries`.
+Span keys_seen(std::span<const Slice> slices, Span queries, Span keys);
+
 /// The keys of a run that one query keeps through one slice, counted from the run's first key.
 Span keys_in_run(const KeyRun& run, const Slice& slice, std::int64_t query);
 

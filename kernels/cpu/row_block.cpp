@@ -11,6 +11,15 @@ Span heads_of_kv_head(const AttentionProblem& problem, std::int64_t kv_head) {
   return intersect({begin, begin + group}, {0, problem.q_heads()});
 }
 
+std::vector<Slice> slices_of(const AttentionProblem& problem, const RowBlock& block) {
+  std::vector<Slice> slices;
+  for (const Slice& slice : problem.mask.of_batch(block.batch)) {
+    const Slice part = clip(slice, block.queries, block.keys);
+    if (!part.q.empty() && !part.k.empty()) slices.push_back(part);
+  }
+  return slices;
+}
+
 TileRows rows_of_tile(const RowBlock& block, std::int64_t first_row, std::int64_t most) {
   TileRows rows;
   rows.first_row = first_row;

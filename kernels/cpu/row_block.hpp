@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/attention.hpp"
 
@@ -26,6 +27,9 @@ struct RowBlock {
 
   std::int64_t rows() const { return queries.size() * q_heads.size(); }
 };
+
+/// What a problem's mask keeps of a block.
+std::vector<Slice> slices_of(const AttentionProblem& problem, const RowBlock& block);
 
 /// Query and head of each lane of a tile. Rows run over the heads of a group first, so that a tile
 /// spans few queries and a causal edge wastes little; lanes past the last row repeat it.
