@@ -3,11 +3,14 @@
     python3 -m venv venv && venv/bin/pip install torch
     taskset -c 0 venv/bin/python tests/performance/torch/torch_cpu_attention.py \
         build/libannulus_attention_c.so
+
+Rows can be run one at a time (--dtype, --head-dim, --mask, --direction), and on a machine with
+other work by the time that the processor spent on them (--cpu-time).
 """
+import argparse
 import ctypes
 import itertools
 import statistics
-import sys
 import time
 
 import torch
@@ -15,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 HEADS = 8
 THREADS = 1
-REPEATS = 7
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pointer(tensor):
@@ -39,19 +42,25 @@ class Annulus:
         assert self.library.annulus_backward(*args, *sizes, int(causal), int(q.dtype == torch.bfloat16)) == 0
 
 
-def seconds(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+class Clock:
+    """Median seconds of two pieces of work in turn."""
+
+    def __init__(self, repeats, cpu_time):
+        self.repeats = repeats
+        self.now = time.process_time if cpu_time else time.perf_counter
+
+    def seconds(self, work):
+        start = self.now()
+        work()
+        return self.now() - start
+
+    def in_turn(self, first, second):
+        first(), second()
+        pairs = [(self.seconds(first), self.seconds(second)) for _ in range(self.repeats)]
+        return [statistics.median(times) for times in zip(*pairs)]
 
 
-def in_turn(first, second):
-    first(), second()
-    pairs = [(seconds(first), seconds(second)) for _ in range(REPEATS)]
-    return [statistics.median(times) for times in zip(*pairs)]
-
-
-def compare(annulus, dtype, seq, head_dim, causal):
+def compare(annulus, clock, dtype, seq, head_dim, causal, directions):
     shape = (1, seq, HEADS, head_dim)
     q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
     grad_o = torch.randn(shape).to(dtype)
@@ -68,10 +77,13 @@ def compare(annulus, dtype, seq, head_dim, causal):
     def annulus_forward():
         annulus.forward(q, k, v, o, lse, causal)
 
-    theirs, ours = in_turn(torch_forward, annulus_forward)
+    annulus_forward()
     difference = (torch_forward().transpose(1, 2) - o).abs().max().item()
     assert difference < (1e-4 if dtype == torch.float32 else 0.05), difference
-    yield "forward", theirs, ours
+    if "forward" in directions:
+        yield "forward", *clock.in_turn(torch_forward, annulus_forward)
+    if "backward" not in directions:
+        return
 
     result = scaled_dot_product_attention(*heads_first, is_causal=causal)
 
@@ -81,24 +93,38 @@ def compare(annulus, dtype, seq, head_dim, causal):
     def annulus_backward():
         annulus.backward(q, k, v, o, grad_o, lse, delta, grads, causal)
 
-    theirs, ours = in_turn(torch_backward, annulus_backward)
-    for grad in grads:
-        grad.zero_()
     annulus_backward()
     for mine, torchs in zip(grads, torch_backward()):
         difference = (mine - torchs).abs().max().item()
         assert difference < (1e-3 if dtype == torch.float32 else 0.2), difference
-    yield "backward", theirs, ours
+    yield "backward", *clock.in_turn(torch_backward, annulus_backward)
+
+
+def arguments():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("library")
+    parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[128, 64])
+    parser.add_argument("--mask", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--direction", nargs="+", choices=["forward", "backward"],
+                        default=["forward", "backward"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--cpu-time", action="store_true")
+    return parser.parse_args()
 
 
 def main():
+    given = arguments()
     torch.set_num_threads(THREADS)
-    annulus = Annulus(sys.argv[1])
+    annulus = Annulus(given.library)
+    clock = Clock(given.repeats, given.cpu_time)
     print(f"torch {torch.__version__}, {THREADS} thread, B=1 H={HEADS}")
-    dtypes = [torch.float32, torch.bfloat16]
-    for dtype, head_dim, causal in itertools.product(dtypes, (128, 64), (False, True)):
-        for direction, theirs, ours in compare(annulus, dtype, 4096, head_dim, causal):
-            print(f"{dtype} S=4096 D={head_dim} {'causal' if causal else 'full':6} {direction:8} "
+    for dtype, head_dim, mask in itertools.product(given.dtype, given.head_dim, given.mask):
+        rows = compare(annulus, clock, DTYPES[dtype], given.seq, head_dim, mask == "causal",
+                       given.direction)
+        for direction, theirs, ours in rows:
+            print(f"{dtype} S={given.seq} D={head_dim} {mask:6} {direction:8} "
                   f"torch {theirs * 1e3:7.1f} ms, annulus {ours * 1e3:7.1f} ms: "
                   f"{theirs / ours:.2f}x", flush=True)
 
