@@ -6,6 +6,7 @@
 
 #include "kernels/error.hpp"
 #include "kernels/work_meter.hpp"
+#include "runtime/call_tensors.hpp"
 #include "runtime/redistribute.hpp"
 #include "runtime/trace.hpp"
 #include "sharding/block_forward.hpp"
@@ -13,33 +14,9 @@
 namespace annulus {
 namespace {
 
-double seconds_since(std::chrono::steady_clock::time_point begin) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-/// The same memory as [batch, seq, heads, dim].
-ConstTensorView in_bthd(const ConstTensorView& view, DimOrder order) {
-  if (order == DimOrder::bthd || view.rank() == 2 || view.rank() == 1) return view;
-  if (order == DimOrder::bhtd) return view.transposed(1, 2);
-  const Shape& n = view.shape;
-  const Shape& s = view.strides;
-  return {
-      view.data, view.dtype, {1, n[0], n[1], n[2]}, {n[0] * s[0], s[0], s[1], s[2]}, view.device};
-}
-
-/// A view to hand to code that only reads through tensors.
-TensorView readable(const ConstTensorView& view) {
-  return {const_cast<void*>(view.data), view.dtype, view.shape, view.strides, view.device};
-}
-
 bool rows_are_dense(const ConstTensorView& view) {
   const int last = view.rank() - 1;
   return view.shape[last] <= 1 || view.strides[last] == 1;
-}
-
-template <typename Text>
-std::uint64_t digest_of(const std::vector<Text>& values) {
-  return digest({reinterpret_cast<const char*>(values.data()), values.size() * sizeof(Text)});
 }
 
 std::string in_words(const DistributedTensor& tensor) {

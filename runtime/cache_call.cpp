@@ -7,6 +7,7 @@
 
 #include "kernels/error.hpp"
 #include "runtime/attention_setup.hpp"
+#include "runtime/call_tensors.hpp"
 #include "runtime/redistribute.hpp"
 
 namespace annulus {
@@ -14,24 +15,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 using Cache = DecodeOperation::Cache;
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-/// The same memory as [batch, seq, heads, dim].
-ConstTensorView in_bthd(const ConstTensorView& view, DimOrder order) {
-  if (order == DimOrder::bthd || view.rank() == 1) return view;
-  if (order == DimOrder::bhtd) return view.transposed(1, 2);
-  const Shape& n = view.shape;
-  const Shape& s = view.strides;
-  return {
-      view.data, view.dtype, {1, n[0], n[1], n[2]}, {n[0] * s[0], s[0], s[1], s[2]}, view.device};
-}
-
-TensorView readable(const ConstTensorView& view) {
-  return {const_cast<void*>(view.data), view.dtype, view.shape, view.strides, view.device};
-}
 
 // [batch, seq, heads, dim], contiguous, as [tokens, heads, dim].
 template <typename View>
@@ -43,10 +26,6 @@ View flat(const View& view) {
 std::string in_words(const DistributedTensor* tensor) {
   if (tensor == nullptr || !*tensor) return "absent";
   return fmt::format("{} {}", name(tensor->dtype()), tensor->layout().to_string());
-}
-
-std::uint64_t digest_of(std::span<const std::int64_t> values) {
-  return digest({reinterpret_cast<const char*>(values.data()), values.size_bytes()});
 }
 
 }  // namespace
