@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "runtime/context.hpp"
+#include "runtime/leak_check.hpp"
 #include "runtime/operation_log.hpp"
 
 namespace annulus::launch {
@@ -82,6 +83,7 @@ int report_failure(ExitCode code, std::string_view message) {
   const WaitForStep wait(step);
   if (is_first_to_say(rank, message)) print(rank, message);
   MPI_Barrier(MPI_COMM_WORLD);  // all is said before the launcher sees the first rank end
+  check_for_leaks();
   MPI_Finalize();
   return static_cast<int>(code);
 }

@@ -7,6 +7,7 @@
 #include <exception>
 
 #include "kernels/cuda_support.hpp"
+#include "runtime/leak_check.hpp"
 #include "runtime/mpi_check.hpp"
 #include "runtime/operation_log.hpp"
 #include "runtime/watchdog.hpp"
@@ -59,6 +60,7 @@ class Context::MpiLifetime {
     if (!started_ || std::uncaught_exceptions() != exceptions_) return;
     const LoggedStep step("end of MPI");
     const WaitForStep wait(step);
+    check_for_leaks();
     static_cast<void>(MPI_Finalize());
   }
   MpiLifetime(const MpiLifetime&) = delete;

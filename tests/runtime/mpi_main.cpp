@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "runtime/leak_check.hpp"
+
 namespace {
 
 // How long a failed rank waits for the others to reach the end of the test before it aborts.
@@ -114,6 +116,7 @@ int main(int argc, char** argv) {
   const int status = RUN_ALL_TESTS();
   const bool failed = listener->any_failed() || status != 0;
   MPI_Comm_free(&comm);
+  annulus::check_for_leaks();
   MPI_Finalize();
   return failed ? 1 : 0;
 }

@@ -1,15 +1,17 @@
 // A program with one mistake a kind, run under mpirun in builds with sanitizers: each build must
 // report its own, or its silence about the rest of the tests would mean nothing.
-//   planted_bug overflow|leak|undefined|race
+//   planted_bug none|overflow|leak|undefined|race
 
 #include <mpi.h>
 
-#include <cstdio>
 #include <cstddef>
+#include <cstdio>
 #include <memory>
 #include <string_view>
 #include <thread>
 #include <vector>
+
+#include "runtime/leak_check.hpp"
 
 namespace {
 
@@ -59,6 +61,7 @@ int main(int argc, char** argv) {
   if (bug == "undefined") result = undefined(rank);
   if (bug == "race") result = race();
   std::printf("rank %d: %d\n", rank, result);
+  annulus::check_for_leaks();
   MPI_Finalize();
   return 0;
 }
