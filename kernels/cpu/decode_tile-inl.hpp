@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 #include "hwy/highway.h"
 #include "kernels/cpu/gemm_tile-inl.hpp"
@@ -24,8 +25,26 @@ inline constexpr int kQuadKeys = kPanelRows == 8 ? 4 : 2;
 /// Columns loaded at once: two vectors.
 inline constexpr std::int64_t kPair = 2 * kLanes;
 
+/// Where column `column` of a row of Q or O is kept.
+template <class Rows>
+inline std::int64_t packed_place(std::int64_t column) {
+  return column / kPair * kPair + Rows::place(column % kPair);
+}
+
+/// Q in f32, scaled, in the order of columns of the vectors that it is multiplied with.
+template <class Rows>
+struct ScaledQueries {
+  /// Floats of a row.
+  static std::int64_t query_stride(std::int64_t dim) { return (dim + kPair - 1) / kPair * kPair; }
+  static void store_query(std::span<const float> row, float scale, float* to) {
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      to[packed_place<Rows>(static_cast<std::int64_t>(d))] = row[d] * scale;
+    }
+  }
+};
+
 /// Two vectors of a row. Q and O are kept in the same order of columns, `place` in a pair.
-struct RowsF32 {
+struct RowsF32 : ScaledQueries<RowsF32> {
   static HWY_INLINE void load(const void* row, std::int64_t at, FloatVec& a, FloatVec& b) {
     const Floats d;
     const float* from = static_cast<const float*>(row) + at;
@@ -36,7 +55,7 @@ struct RowsF32 {
   static constexpr std::int64_t kBytes = 4;
 };
 
-struct RowsF16 {
+struct RowsF16 : ScaledQueries<RowsF16> {
   static HWY_INLINE void load(const void* row, std::int64_t at, FloatVec& a, FloatVec& b) {
     const Floats d;
     const hn::Rebind<hwy::float16_t, Floats> dh;
@@ -50,7 +69,7 @@ struct RowsF16 {
 
 /// A bf16 is the upper half of a float: even and odd columns come apart by a shift and a mask,
 /// which costs less than widening in order.
-struct RowsBf16 {
+struct RowsBf16 : ScaledQueries<RowsBf16> {
   static HWY_INLINE void load(const void* row, std::int64_t at, FloatVec& a, FloatVec& b) {
     const Floats d;
     const hn::RebindToUnsigned<Floats> du;
@@ -78,12 +97,6 @@ class RowTail {
  private:
   alignas(64) char data_[static_cast<std::size_t>(kPair) * 4];
 };
-
-/// Where column `column` of a row of Q or O is kept.
-template <class Rows>
-inline std::int64_t packed_place(std::int64_t column) {
-  return column / kPair * kPair + Rows::place(column % kPair);
-}
 
 struct AddVectors {
   template <class V>

@@ -5,8 +5,10 @@
 // clang-format off
 #include "hwy/targets.h"
 // clang-format on
+#include "kernels/cpu/bf16_dots.hpp"
 #include "kernels/decode_attention.hpp"
 #include "kernels/decode_case.hpp"
+#include "kernels/element.hpp"
 
 namespace annulus::testing {
 namespace {
@@ -112,6 +114,28 @@ TEST(DecodeCpuRandom, EqualsTheReferenceOnEveryVectorTarget) {
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
+// Long enough for sums to settle, and every second case of a head size with loops of its own.
+TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
+  if (!kernels::cpu::has_bf16_dots()) GTEST_SKIP() << "no dot products of bf16 at full rate";
+  for (std::uint64_t i = 0; i < 40; ++i) {
+    const std::uint64_t seed = test_seed() + 2000 + i;
+    SCOPED_TRACE(seed);
+    DecodeOptions options = random_options(seed);
+    options.dtype = DType::bf16;
+    if (i % 2 == 0) {
+      options.head_dim = options.value_dim = i % 4 == 0 ? 128 : 64;
+      options.latent = false;
+    }
+    options.sequences.front().length += 400;
+    for (const bool allowed : {true, false}) {
+      SCOPED_TRACE(allowed);
+      kernels::cpu::allow_bf16_dots(allowed);
+      expect_for_all_pages(options, seed);
+    }
+    kernels::cpu::allow_bf16_dots(true);
+  }
+}
+
 TEST(DecodeCpu, LatentOf512And64Columns) {
   DecodeOptions options;
   options.dtype = DType::bf16;
@@ -125,22 +149,28 @@ TEST(DecodeCpu, LatentOf512And64Columns) {
 }
 
 TEST(DecodeCpu, KeepsInfiniteValuesOfMaskedKeysOut) {
-  DecodeOptions options;
-  options.sequences = {{4, 20}};
-  const DecodeCase expected(options, test_seed());
-  PagedCache cache = expected.paged({}, 16, test_seed());
-  DecodeProblem problem = cache.problem(expected, {});
-  // The last key is seen by the last query alone; its value must not reach the others.
-  const std::int64_t slot = 19 % 16;
-  const std::int64_t page = cache.page_table[1];
-  const TensorView last = cache.v.view().slice(0, {page, page + 1}).slice(1, {slot, slot + 1});
-  auto* values = static_cast<float*>(last.data);
-  for (std::int64_t d = 0; d < 64; ++d) values[d] = std::numeric_limits<float>::infinity();
-  HostTensor o(DType::f32, Shape{4, 4, 64}, {0, 1, 2}, 0);
-  decode_forward({problem, {}, o.view(), {}, {}}, "cpu");
-  const std::vector<double> found = o.values();
-  for (std::size_t i = 0; i < 3 * 4 * 64; ++i) ASSERT_NEAR(found[i], expected.o[i], 1e-5);
-  EXPECT_FALSE(std::isfinite(found[3 * 4 * 64])) << found[3 * 4 * 64];
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    SCOPED_TRACE(name(dtype));
+    DecodeOptions options;
+    options.dtype = dtype;
+    options.sequences = {{4, 20}};
+    const DecodeCase expected(options, test_seed());
+    PagedCache cache = expected.paged({}, 16, test_seed());
+    DecodeProblem problem = cache.problem(expected, {});
+    // The last key is seen by the last query alone; its value must not reach the others.
+    const std::int64_t slot = 19 % 16;
+    const std::int64_t page = cache.page_table[1];
+    const TensorView last = cache.v.view().slice(0, {page, page + 1}).slice(1, {slot, slot + 1});
+    for (std::int64_t d = 0; d < 64; ++d) {
+      store_element(last.data, dtype, d, std::numeric_limits<double>::infinity());
+    }
+    HostTensor o(dtype, Shape{4, 4, 64}, {0, 1, 2}, 0);
+    decode_forward({problem, {}, o.view(), {}, {}}, "cpu");
+    const std::vector<double> found = o.values();
+    const double tolerance = dtype == DType::f32 ? 1e-5 : 0x1p-7;
+    for (std::size_t i = 0; i < 3 * 4 * 64; ++i) ASSERT_NEAR(found[i], expected.o[i], tolerance);
+    EXPECT_FALSE(std::isfinite(found[3 * 4 * 64])) << found[3 * 4 * 64];
+  }
 }
 
 TEST(DecodeCpu, LeavesRowsOfNoSequenceAlone) {

@@ -1,0 +1,259 @@
+// What decode attention keeps of a block: its rows by fours, with their sums, and where the tokens
+// that they see lie in the cache.
+#if defined(ANNULUS_CPU_DECODE_QUADS_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef ANNULUS_CPU_DECODE_QUADS_INL
+#undef ANNULUS_CPU_DECODE_QUADS_INL
+#else
+#define ANNULUS_CPU_DECODE_QUADS_INL
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/decode_pages.hpp"
+#include "kernels/cpu/decode_tile-inl.hpp"
+#include "kernels/cpu/pack-inl.hpp"
+#include "kernels/cpu/row_block.hpp"
+#include "kernels/cpu/softmax_tile-inl.hpp"
+
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+
+// Tokens of a tile. All heads read a tile before the next one is touched: they lie next to each
+// other in memory. K and V of this tile and the next fit L2.
+inline constexpr std::int64_t kTile = 16;
+// Tiles whose sums are kept apart: each settling rounds what all tokens before have summed to.
+inline constexpr std::int64_t kSettledTiles = 16;
+// Scores of a quad: [token, row].
+inline constexpr std::int64_t kScores = kTile * kQuad;
+
+// Addresses of the tokens of a tile, for head 0.
+struct Tile {
+  std::int64_t first = 0;  // token
+  std::int64_t count = 0;
+  std::array<const char*, kTile + kQuadKeys> k{};
+  std::array<const char*, kTile + kQuadKeys> v{};
+};
+
+// Four rows of one KV head.
+struct Quad {
+  float* q = nullptr;        // [kQuad, head_dim] as Rows::store_query() leaves it
+  float* o = nullptr;        // [kQuad, value_dim]
+  float* s = nullptr;        // [kTile, kQuad], and room for as much again
+  float* max = nullptr;      // [kGroupLanes], the four rows over and over
+  float* sum = nullptr;      // [kGroupLanes], of some of the tokens each
+  float* rescale = nullptr;  // [kQuad]
+  // O and sums of all tokens but those of the last tiles, and what O is yet to be multiplied by.
+  float* settled_o = nullptr;
+  float* settled_sum = nullptr;
+  float* settled_rescale = nullptr;
+  std::array<Span, kQuad> tokens;
+};
+
+template <class Rows>
+class DecodeQuads {
+ public:
+  DecodeQuads(const DecodeProblem& problem, const DecodeBlock& block, Scratch& scratch)
+      : problem_(problem),
+        block_(block),
+        q_stride_(Rows::query_stride(problem.head_dim())),
+        o_stride_(round_up(problem.value_dim(), kPair)),
+        rows_(block.queries.size() * problem.group_size()),
+        quads_of_head_((rows_ + kQuad - 1) / kQuad) {
+    std::vector<Span> tokens;
+    for (std::int64_t i = 0; i < block.queries.size(); ++i) {
+      tokens.push_back(visible_tokens(problem, block.sequence, block.queries.begin + i));
+    }
+    all_see_ = tokens.front();
+    for (const Span& span : tokens) {
+      all_see_ = intersect(all_see_, span);
+      if (span.empty()) continue;
+      tokens_ = tokens_.empty()
+                    ? span
+                    : Span{std::min(tokens_.begin, span.begin), std::max(tokens_.end, span.end)};
+    }
+    tokens_ = intersect(tokens_, block.tokens);
+    for (std::int64_t head = 0; head < problem.kv_heads(); ++head) {
+      for (std::int64_t i = 0; i < quads_of_head_; ++i) start(head, i * kQuad, tokens, scratch);
+    }
+    for (Quad& quad : quads_) quad.o = zeros(kQuad * o_stride_, scratch);
+    for (Quad& quad : quads_) start_settled(quad, scratch);
+  }
+
+  static std::int64_t scratch_floats(const DecodeProblem& problem, std::int64_t queries) {
+    const std::int64_t quads = (queries * problem.group_size() + kQuad - 1) / kQuad;
+    return problem.kv_heads() * quads *
+           (Scratch::room_for(kQuad * Rows::query_stride(problem.head_dim())) +
+            2 * Scratch::room_for(kQuad * round_up(problem.value_dim(), kPair)) +
+            Scratch::room_for(2 * kScores) + 3 * Scratch::room_for(kGroupLanes) +
+            2 * Scratch::room_for(kQuad));
+  }
+
+ protected:
+  void find(std::int64_t first, Tile& tile) const {
+    tile.first = first;
+    tile.count = std::clamp<std::int64_t>(tokens_.end - first, 0, kTile);
+    const auto* table = static_cast<const std::int32_t*>(problem_.page_table.data) +
+                        block_.sequence * problem_.max_pages();
+    const std::int64_t page_size = problem_.page_size();
+    const auto address = [&](const ConstTensorView& view, std::int64_t page, std::int64_t row) {
+      return static_cast<const char*>(view.data) +
+             (page * view.strides[0] + row * view.strides[1]) * Rows::kBytes;
+    };
+    std::int64_t page = first / page_size;
+    std::int64_t row = first % page_size;
+    for (std::int64_t i = 0; i < tile.count; ++page, row = 0) {
+      const std::int64_t end = std::min(tile.count, i + page_size - row);
+      const char* k = address(problem_.k, table[page], row);
+      const char* v = address(problem_.v, table[page], row);
+      for (; i < end; ++i) {
+        tile.k[static_cast<std::size_t>(i)] = k;
+        tile.v[static_cast<std::size_t>(i)] = v;
+        k += problem_.k.strides[1] * Rows::kBytes;
+        v += problem_.v.strides[1] * Rows::kBytes;
+      }
+    }
+    // Products read whole quads of keys, and ask for rows of a tile that may be shorter or empty.
+    const auto* nothing = static_cast<const char*>(problem_.q.data);
+    for (auto i = static_cast<std::size_t>(tile.count); i < tile.k.size(); ++i) {
+      tile.k[i] = i > 0 ? tile.k[i - 1] : nothing;
+      tile.v[i] = i > 0 ? tile.v[i - 1] : nothing;
+    }
+  }
+
+  bool sees_all(const Tile& tile) const {
+    return all_see_.begin <= tile.first && tile.first + tile.count <= all_see_.end;
+  }
+
+  void cap(Quad& quad) const {
+    const Floats d;
+    const FloatVec outer = hn::Set(d, problem_.soft_cap);
+    const FloatVec inner = hn::Set(d, 1.0F / problem_.soft_cap);
+    for (std::int64_t i = 0; i < kScores; i += kLanes) {
+      hn::Store(hn::Mul(outer, tanh(d, hn::Mul(hn::Load(d, quad.s + i), inner))), d, quad.s + i);
+    }
+  }
+
+  void mask(const Tile& tile, Quad& quad) const {
+    for (std::int64_t r = 0; r < kQuad; ++r) {
+      const Span seen = quad.tokens[static_cast<std::size_t>(r)];
+      for (std::int64_t i = 0; i < tile.count; ++i) {
+        if (!seen.contains(tile.first + i)) quad.s[i * kQuad + r] = kMinusInfinity;
+      }
+    }
+  }
+
+  // The sums of the last tiles join those of all before, beside which a single tile's small terms
+  // would be rounded away.
+  void settle() {
+    const Floats d;
+    for (const Quad& quad : quads_) {
+      for (std::int64_t i = 0; i < kGroupLanes; i += kLanes) {
+        float* settled = quad.settled_sum + i;
+        hn::Store(hn::Add(hn::Load(d, settled), hn::Load(d, quad.sum + i)), d, settled);
+        hn::Store(hn::Zero(d), d, quad.sum + i);
+      }
+      for (std::int64_t r = 0; r < kQuad; ++r) {
+        const FloatVec rescale = hn::Set(d, quad.settled_rescale[r]);
+        float* o = quad.o + r * o_stride_;
+        float* settled = quad.settled_o + r * o_stride_;
+        for (std::int64_t i = 0; i < o_stride_; i += kLanes) {
+          hn::Store(hn::MulAdd(hn::Load(d, settled + i), rescale, hn::Load(d, o + i)), d,
+                    settled + i);
+          hn::Store(hn::Zero(d), d, o + i);
+        }
+        quad.settled_rescale[r] = 1.0F;
+      }
+    }
+  }
+
+  std::int64_t head_of(std::size_t quad) const {
+    return static_cast<std::int64_t>(quad) / quads_of_head_;
+  }
+
+  /// @pre all sums are settled
+  void write(const AttentionState& partial) const {
+    HWY_ALIGN float sums[kQuad];
+    for (std::size_t i = 0; i < quads_.size(); ++i) {
+      const Quad& quad = quads_[i];
+      RowGroup group;
+      for (int g = 0; g < kGroup; ++g) group[g] = hn::Load(Floats(), quad.settled_sum + g * kLanes);
+      store_reduced(group, AddVectors(), sums);
+      const std::int64_t first = static_cast<std::int64_t>(i) % quads_of_head_ * kQuad;
+      for (std::int64_t r = 0; r < std::min(kQuad, rows_ - first); ++r) {
+        const std::int64_t query = (first + r) / problem_.group_size();
+        const std::int64_t head =
+            head_of(i) * problem_.group_size() + (first + r) % problem_.group_size();
+        const auto statistic = [&](const TensorView& view) -> float& {
+          return static_cast<float*>(view.data)[statistic_offset(view, 0, head, query)];
+        };
+        statistic(partial.row_max) = quad.max[r];
+        statistic(partial.row_sum) = sums[r];
+        float* o = static_cast<float*>(partial.accumulator.data) +
+                   row_offset(partial.accumulator, 0, query, head);
+        for (std::int64_t d = 0; d < problem_.value_dim(); ++d) {
+          o[d] = quad.settled_o[r * o_stride_ + packed_place<Rows>(d)];
+        }
+      }
+    }
+  }
+
+  const DecodeProblem& problem_;
+  const DecodeBlock& block_;
+  std::int64_t q_stride_;
+  std::int64_t o_stride_;
+  std::int64_t rows_;  // of a KV head
+  std::int64_t quads_of_head_;
+  Span tokens_;   // that some row sees
+  Span all_see_;  // that every row sees
+  std::vector<Quad> quads_;
+
+ private:
+  // Row r of a KV head is query r / group, and head r % group of the group.
+  void start(std::int64_t kv_head, std::int64_t first, const std::vector<Span>& tokens,
+             Scratch& scratch) {
+    Quad quad;
+    quad.q = zeros(kQuad * q_stride_, scratch);
+    quad.s = scratch.take(2 * kScores);
+    quad.max = scratch.take(kGroupLanes);
+    quad.sum = zeros(kGroupLanes, scratch);
+    quad.rescale = scratch.take(kQuad);
+    std::fill_n(quad.max, kGroupLanes, kMinusInfinity);
+    const std::int64_t dim = problem_.head_dim();
+    std::vector<float> row_of_q(static_cast<std::size_t>(dim));
+    for (std::int64_t r = 0; r < kQuad; ++r) {
+      const std::int64_t row = std::min(first + r, rows_ - 1);  // repeats the last one
+      const std::int64_t query = row / problem_.group_size();
+      quad.tokens[static_cast<std::size_t>(r)] = tokens[static_cast<std::size_t>(query)];
+      load_row(problem_.q.data, problem_.q.dtype,
+               (block_.queries.begin + query) * problem_.q.strides[0] +
+                   (kv_head * problem_.group_size() + row % problem_.group_size()) *
+                       problem_.q.strides[1],
+               dim, row_of_q.data());
+      Rows::store_query(row_of_q, problem_.scale, quad.q + r * q_stride_);
+    }
+    quads_.push_back(quad);
+  }
+
+  static float* zeros(std::int64_t floats, Scratch& scratch) {
+    float* to = scratch.take(floats);
+    std::fill_n(to, floats, 0.0F);
+    return to;
+  }
+
+  // Seldom touched, and therefore not between what stays in L1.
+  void start_settled(Quad& quad, Scratch& scratch) const {
+    quad.settled_o = zeros(kQuad * o_stride_, scratch);
+    quad.settled_sum = zeros(kGroupLanes, scratch);
+    quad.settled_rescale = scratch.take(kQuad);
+    std::fill_n(quad.settled_rescale, kQuad, 1.0F);
+  }
+};
+
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // ANNULUS_CPU_DECODE_QUADS_INL
