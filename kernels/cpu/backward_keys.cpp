@@ -40,13 +40,14 @@ class BackwardKeys {
         v_stride_(tile_stride(value_dim_)),
         lanes_(backward_lanes(problem_)),
         amx_(uses_amx(problem_.q.dtype)),
-        splits_(splits_on_amx(problem_.q.dtype)) {
+        splits_(splits_on_amx(problem_.q.dtype)),
+        dots_(uses_bf16_dots(problem_.q.dtype)) {
     const std::int64_t keys = backward_chunk_keys(problem_);
 #if ANNULUS_AMX
     if (amx_) operands_.emplace(problem_, keys, scratch);
 #endif
 #if ANNULUS_PAIRS
-    if (uses_bf16_dots(problem_.q.dtype)) pairs_.emplace(problem_, keys, scratch);
+    if (dots_) pairs_.emplace(problem_, keys, scratch);
 #endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
@@ -138,6 +139,7 @@ class BackwardKeys {
     for (std::int64_t first = 0; first < keys; first += 8) {
       const std::int64_t count = std::min<std::int64_t>(8, keys - first);
       load_panel(problem_.k, first, count, k_stride_, k_ + first * head_dim_);
+      if (dots_) continue;
       for (std::int64_t i = 0; i < count; ++i) {
         store_in_panels(rows_buffer_ + i * k_stride_, head_dim_, backward_chunk_keys(problem_),
                         first + i, k_columns_);
@@ -208,7 +210,7 @@ class BackwardKeys {
 #endif
 #if ANNULUS_PAIRS
     if (pairs_) {
-      return pairs_->load_queries(q_rows_, k_stride_, grad_o_rows_, v_stride_,
+      return pairs_->load_queries(q_rows_, k_stride_, grad_o_rows_, v_stride_, rows.count,
                                   problem_.scale < 0.0F);
     }
 #endif
@@ -251,7 +253,8 @@ class BackwardKeys {
     float* ds = ds_ + before * kTileLanes;
     multiply_queries(tile, first - before, panels);
     products_to_logits(tile, buffers_, p);
-    const bool masked = !tile.run.full || problem_.dense_mask || (amx_ && panels != keys);
+    const bool masked =
+        !tile.run.full || problem_.dense_mask || ((amx_ || dots_) && panels != keys);
     const auto recompute = masked ? recompute_probabilities<true> : recompute_probabilities<false>;
     recompute(keys, tile.vectors, logit_factor(problem_), lse_, p);
     const bool dropout = problem_.dropout.probability > 0.0F;
@@ -281,6 +284,14 @@ class BackwardKeys {
 #if ANNULUS_AMX
     if (amx_) return add_half_products(tile, first - before, before, panels);
 #endif
+#if ANNULUS_PAIRS
+    if (pairs_) {
+      clear_outside(before, keys, panels);
+      return pairs_->add_gradients(tile.vectors, first - before, panels, p_, ds_,
+                                   {call_.grad_q ? dq_ : nullptr, dk_, dv_, k_stride_, v_stride_},
+                                   &prefetch_);
+    }
+#endif
     add_products(tile, first, p, ds);
   }
 
@@ -291,7 +302,7 @@ class BackwardKeys {
     if (split_) return split_->multiply_queries(tile.vectors, first, keys, p_, ds_, prefetch_);
 #endif
 #if ANNULUS_PAIRS
-    if (pairs_) return pairs_->multiply(tile.vectors, first, keys, p_, ds_, prefetch_);
+    if (pairs_) return pairs_->multiply(tile.vectors, first, keys, p_, ds_, &prefetch_);
 #endif
     gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, head_dim_},
                                             {k_ + first * head_dim_, 8 * head_dim_}, q_, kTileLanes,
@@ -490,12 +501,13 @@ class BackwardKeys {
   std::int64_t lanes_;  // queries of a tile
   bool amx_;
   bool splits_;
+  bool dots_;
 #if ANNULUS_AMX
   std::optional<BackwardSplit> split_;        // where splits_
   std::optional<BackwardOperands> operands_;  // where amx_
 #endif
 #if ANNULUS_PAIRS
-  std::optional<BackwardPairs> pairs_;  // where dot products of bf16 are used
+  std::optional<BackwardPairs> pairs_;  // where dots_
 #endif
   float* lse_ = nullptr;    // [lanes]
   float* delta_ = nullptr;  // [lanes]
