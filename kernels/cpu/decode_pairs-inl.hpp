@@ -163,6 +163,7 @@ HWY_INLINE void add_pair(const RowPair& v, std::int64_t any_columns, const float
   const std::int64_t o_stride = round_up(columns, kPair);
   ahead = opaque(ahead);
   std::int64_t column = 0;
+  HWY_UNROLL(1)
   for (; column + 2 * kLineColumns <= columns; column += 2 * kLineColumns) {
     add_pair_columns<2>(v, column, columns, p, ahead, o, o_stride);
     ahead += 4 * kLineBytes;
