@@ -143,10 +143,20 @@ std::int64_t scratch_on_target(const DecodeProblem& problem, std::int64_t querie
   return DecodePages<RowsF32>::scratch_floats(problem, queries);
 }
 
+#if ANNULUS_PAIRS
+// The way by pairs adds to all rows of O every two tokens: it pays while they lie in L1.
+bool o_stays_near(const DecodeProblem& problem, const DecodeBlock& block) {
+  constexpr std::int64_t kNearFloats = std::int64_t{8} << 10;
+  return block.queries.size() * problem.q_heads() * problem.value_dim() <= kNearFloats;
+}
+#endif
+
 void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
                       const AttentionState& partial, Scratch& scratch) {
 #if ANNULUS_PAIRS
-  if (uses_bf16_dots(problem.q.dtype)) return decode_pairs(problem, block, partial, scratch);
+  if (uses_bf16_dots(problem.q.dtype) && o_stays_near(problem, block)) {
+    return decode_pairs(problem, block, partial, scratch);
+  }
 #endif
   if (problem.q.dtype == DType::f32) {
     DecodePages<RowsF32>(problem, block, scratch).compute(partial);
