@@ -29,6 +29,7 @@
 #include "runtime/operation_log.hpp"
 #include "runtime/operation_registry.hpp"
 #include "runtime/statement.hpp"
+#include "runtime/stopwatch.hpp"
 #include "runtime/trace.hpp"
 #include "runtime/watchdog.hpp"
 #include "sharding/mesh.hpp"
@@ -37,10 +38,6 @@ namespace annulus::launch {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point begin) {
-  return std::chrono::duration<double>(Clock::now() - begin).count();
-}
 
 // Without a mesh all ranks share the sequence.
 Mesh mesh_of(const RunOptions& options, int ranks) {

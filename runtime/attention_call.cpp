@@ -8,6 +8,7 @@
 #include "kernels/work_meter.hpp"
 #include "runtime/call_tensors.hpp"
 #include "runtime/redistribute.hpp"
+#include "runtime/stopwatch.hpp"
 #include "runtime/trace.hpp"
 #include "sharding/block_forward.hpp"
 

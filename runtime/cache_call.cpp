@@ -9,6 +9,7 @@
 #include "runtime/attention_setup.hpp"
 #include "runtime/call_tensors.hpp"
 #include "runtime/redistribute.hpp"
+#include "runtime/stopwatch.hpp"
 
 namespace annulus {
 namespace {

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <ranges>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -45,5 +46,12 @@ class Statement {
 
 /// FNV-1a, to state things too long to print.
 std::uint64_t digest(std::string_view bytes, std::uint64_t seed = 14695981039346656037ULL);
+
+/// The same of the values' bytes.
+template <std::ranges::contiguous_range Values>
+std::uint64_t digest_of(const Values& values) {
+  return digest({reinterpret_cast<const char*>(std::ranges::data(values)),
+                 std::ranges::size(values) * sizeof(std::ranges::range_value_t<Values>)});
+}
 
 }  // namespace annulus
