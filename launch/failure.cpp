@@ -12,6 +12,7 @@
 #include "runtime/context.hpp"
 #include "runtime/leak_check.hpp"
 #include "runtime/operation_log.hpp"
+#include "runtime/signals.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -83,6 +84,7 @@ int report_failure(ExitCode code, std::string_view message) {
   const WaitForStep wait(step);
   if (is_first_to_say(rank, message)) print(rank, message);
   MPI_Barrier(MPI_COMM_WORLD);  // all is said before the launcher sees the first rank end
+  set_agreed_end(static_cast<int>(code));
   check_for_leaks();
   MPI_Finalize();
   return static_cast<int>(code);

@@ -22,6 +22,7 @@ namespace annulus {
 namespace {
 
 std::array<std::atomic<void (*)() noexcept>, 8> actions{};
+std::atomic<int> agreed_status{-1};  // none yet
 std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
 
 constexpr std::int64_t kLongPauseNs = 2'000'000'000;
@@ -91,10 +92,12 @@ bool is_first_end() noexcept {
 
 void end_in_order(int signal) {
   if (!is_first_end()) return;
-  report(signal, has_stalled());
+  const int agreed = agreed_status;
+  if (agreed < 0) report(signal, has_stalled());
   for (const auto& action : actions) {
     if (void (*run)() noexcept = action.load()) run();
   }
+  if (agreed >= 0) _exit(agreed);
   _exit(signal == SIGINT ? 130 : 143);
 }
 
@@ -162,6 +165,8 @@ void on_signal_end(void (*action)() noexcept) {
     if (place.compare_exchange_strong(none, action)) return;
   }
 }
+
+void set_agreed_end(int status) noexcept { agreed_status = status; }
 
 void set_stalled_after(double seconds) noexcept {
   stalled_after_ns = static_cast<std::int64_t>(seconds * 1e9);

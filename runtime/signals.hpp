@@ -14,6 +14,10 @@ void install_signal_handlers();
 /// Adds an async-signal-safe action, such as removing unfinished files; at most eight.
 void on_signal_end(void (*action)() noexcept);
 
+/// All ranks have agreed to end with `status` and have said why: a launcher that sees the first of
+/// them end sends TERM to the others, which from now on end with that status and without a line.
+void set_agreed_end(int status) noexcept;
+
 /// A rank that has waited longer than this dumps its steps when it is told to end: it hung. Of
 /// pauses it learns from OperationLog::note_running().
 void set_stalled_after(double seconds) noexcept;

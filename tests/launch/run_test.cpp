@@ -78,6 +78,19 @@ TEST(Run, OneLineReportsOnRankZero) {
   }
 }
 
+// The launcher ends the other ranks when it sees the first one fail: they have nothing to add.
+TEST(Run, AFailureOfAllRanksIsOneLine) {
+  const TemporaryFolder folder;
+  for (int repeat = 0; repeat < 10; ++repeat) {
+    const Outcome outcome = run_annulus(4, {"run", "--op", "ring", "--input", sample_file(),
+                                            "--key", "nosuch", "--output", folder.file("out.h5")});
+    EXPECT_EQ(outcome.exit_code, 66) << outcome.err;
+    EXPECT_EQ(outcome.messages().size(), 1U) << outcome.err;
+    EXPECT_EQ(outcome.err.find("SIGTERM"), std::string::npos) << outcome.err;
+    EXPECT_TRUE(folder.listing().empty());
+  }
+}
+
 TEST(Run, JsonHasTheDocumentedKeys) {
   const TemporaryFolder folder;
   const Outcome run = run_sample(folder, 2, {"--op", "ulysses", "--json"});
