@@ -14,11 +14,13 @@ constexpr double kTimeoutSeconds = 30.0;
 }  // namespace
 
 void guard_process() {
-  identify_process(identity_from_environment());
+  const ProcessIdentity identity = identity_from_environment();
+  identify_process(identity);
   find_window_files();
   on_signal_end(remove_pending_files);
   on_signal_end(remove_window_files);
   install_signal_handlers();
+  if (identity.size > 1) ignore_broken_pipes();
   Watchdog::of_process().start(kTimeoutSeconds);
 }
 

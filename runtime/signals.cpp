@@ -159,6 +159,8 @@ void install_signal_handlers() {
   }
 }
 
+void ignore_broken_pipes() noexcept { handle(SIGPIPE, SIG_IGN, 0); }
+
 void on_signal_end(void (*action)() noexcept) {
   for (auto& place : actions) {
     void (*none)() noexcept = nullptr;

@@ -10,9 +10,11 @@
 //   F_FILE_SIZE=100000  a limit on the size of files from the first such call on
 //   F_ALLOCATION=5  the same for allocations of at least F_BYTES (default 65536) outside of
 //                   MPI's own calls; it fails
-//   F_ACT=kill|torn|stop|term|segv|delay|jitter|flip|ENOSPC|EIO|EFBIG; torn: SIGKILL after half a
+//   F_ACT=kill|torn|stop|term|segv|pipe|delay|jitter|flip|ENOSPC|EIO|EFBIG; torn: SIGKILL after
+//   half a
 //                   write, or right after another call that changes files; flip: one bit of
-//                   the first message, sent or received, that this call of MPI or a later one has
+//                   the first message, sent or received, that this call of MPI or a later one has;
+//                   pipe: a write to a pipe that nobody reads any more, as a socket to a dead rank
 //   F_DELAY_MS=100  how long delay sleeps; jitter sleeps a random part of it at every call
 //   F_SEED=1        of jitter, and of the bit that flips
 //   F_ONCE=FILE     only the first time: the fault makes this file
@@ -141,6 +143,16 @@ void note_time() {
   }
 }
 
+void write_to_nobody() {
+  int ends[2];
+  if (pipe(ends) != 0) return;
+  close(ends[0]);
+  const char byte = 0;
+  const ssize_t written = write(ends[1], &byte, 1);
+  close(ends[1]);
+  if (written != -1 || errno != EPIPE) std::abort();
+}
+
 /// Returns the errno to fail with, or 0.
 int act() {
   if (has_happened()) return 0;
@@ -149,6 +161,7 @@ int act() {
   if (is("stop")) raise(SIGSTOP);
   if (is("term")) raise(SIGTERM);
   if (is("segv")) raise(SIGSEGV);
+  if (is("pipe")) write_to_nobody();
   if (is("delay")) sleep_ms(plan.delay_ms);
   if (is("ENOSPC")) return ENOSPC;
   if (is("EIO")) return EIO;

@@ -87,6 +87,15 @@ TEST(Promise01, AKilledRankEndsTheJob) {
   if (unnamed > 0) figures.note(std::to_string(unnamed) + " of them not named by mpirun");
 }
 
+// A socket to a rank that was just killed: SIGPIPE would end the writer too, before the launcher
+// tells it to end and without a word about where it was.
+TEST(Promise01, AWriteToARankThatHasGoneEndsNobody) {
+  const TemporaryFolder folder;
+  const JobOutcome outcome = run_job(harmed(folder.file("out.h5"), "pipe", 1, 30));
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_EQ(results_of(folder.file("out.h5")), reference().results);
+}
+
 TEST(Promise02, AStoppedRankEndsTheJobAtTheDeadline) {
   Figures figures("2");
   const auto cases = places(whole_matrix() ? std::vector<long>{0, 1, 2, 3} : std::vector{2L}, 2, 8);
