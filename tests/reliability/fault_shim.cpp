@@ -10,11 +10,11 @@
 //   F_FILE_SIZE=100000  a limit on the size of files from the first such call on
 //   F_ALLOCATION=5  the same for allocations of at least F_BYTES (default 65536) outside of
 //                   MPI's own calls; it fails
-//   F_ACT=kill|torn|stop|term|segv|pipe|delay|jitter|flip|ENOSPC|EIO|EFBIG; torn: SIGKILL after
-//   half a
-//                   write, or right after another call that changes files; flip: one bit of
-//                   the first message, sent or received, that this call of MPI or a later one has;
-//                   pipe: a write to a pipe that nobody reads any more, as a socket to a dead rank
+//   F_ACT=kill|torn|stop|term|segv|pipe|delay|jitter|flip|ENOSPC|EIO|EFBIG
+//                   torn: SIGKILL after half a write, or right after another call that changes
+//                   files; flip: one bit of the first message, sent or received, that this call of
+//                   MPI or a later one has; pipe: a write to a pipe that nobody reads any more, as
+//                   to the socket of a dead rank
 //   F_DELAY_MS=100  how long delay sleeps; jitter sleeps a random part of it at every call
 //   F_SEED=1        of jitter, and of the bit that flips
 //   F_ONCE=FILE     only the first time: the fault makes this file
