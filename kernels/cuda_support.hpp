@@ -16,7 +16,7 @@ void* allocate(std::int64_t bytes, Stream stream);
 void release(void* data, Stream stream) noexcept;
 void fill_bytes(void* data, int value, std::int64_t bytes, Stream stream);
 void copy(ConstTensorView from, TensorView to, Stream stream);
-/// into += from; f32 on the device.
+/// into += from; f32, from any dtype, on the device.
 void accumulate(ConstTensorView from, TensorView into, Stream stream);
 void synchronize(Stream stream);
 void merge(const AttentionState& from, const AttentionState& into, Stream stream);

@@ -123,6 +123,14 @@ struct AddFloat {
   __device__ void operator()(std::int64_t i, std::int64_t j) const { into[j] += from[i]; }
 };
 
+struct AddConverted {
+  DeviceView from;
+  float* into;
+  __device__ void operator()(std::int64_t i, std::int64_t j) const {
+    into[j] += load_float(from, i);
+  }
+};
+
 struct AddFloats {
   const float4* from;
   float4* into;
@@ -163,6 +171,9 @@ void accumulate(ConstTensorView from, TensorView into, Stream stream) {
   if (from.shape.elements() == 0) return;
   const auto handle = static_cast<cudaStream_t>(stream.handle);
   const PairedDims dims = paired(from, into);
+  if (from.dtype != DType::f32) {
+    return launch(dims, AddConverted{DeviceView::of(from), static_cast<float*>(into.data)}, handle);
+  }
   if (word_bytes(dims, from.data, into.data, sizeof(float)) == sizeof(float4)) {
     const AddFloats add{static_cast<const float4*>(from.data), static_cast<float4*>(into.data)};
     return launch(in_words(dims, 4), add, handle);

@@ -100,6 +100,22 @@ TEST_F(DeviceMemory, AccumulatesStridedViews) {
   EXPECT_EQ(into.fetched(), into.host);
 }
 
+TEST_F(DeviceMemory, AccumulatesOtherDTypesIntoFloats) {
+  const Shape shape{3, 5, 8};
+  const std::vector<float> more = random_floats(shape.elements(), 5);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f64}) {
+    const Buffer memory(Device::cuda, shape.elements() * size_bytes(dtype));
+    const TensorView from(memory.data(), dtype, shape, Device::cuda);
+    copy(ConstTensorView(more.data(), DType::f32, shape), from);
+    std::vector<float> rounded(more.size());
+    copy(from, TensorView(rounded.data(), DType::f32, shape));
+    Mirror into(shape, 6);
+    kernels::cuda::accumulate(from, into.view(), {});
+    for (std::size_t i = 0; i < rounded.size(); ++i) into.host[i] += rounded[i];
+    EXPECT_EQ(into.fetched(), into.host) << name(dtype);
+  }
+}
+
 // Rows and heads of a tensor.
 struct Part {
   Span rows;
