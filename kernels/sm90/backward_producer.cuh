@@ -66,6 +66,7 @@ class BackwardProducer {
       for (int i = item.slice_begin; i < item.slice_end; ++i) {
         const TileSlice s = params_.slice_table[i];
         const int2 queries = queries_of(s, item.k_begin, item.k_end);
+        if (queries.x > queries.y) continue;  // the first block may begin before both
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
           if constexpr (Tile::kOrdered) turn_ = turn_of(item, i, q);

@@ -174,6 +174,15 @@ TEST_F(Sm90Backward, AddsWhereAskedOnly) {
   EXPECT_EQ(problem.grad_k.fetched(), before);
 }
 
+// A slice none of whose queries sees a block of keys, though a block of queries begins before both.
+TEST_F(Sm90Backward, DeterministicModePassesOverSlicesWithoutPairs) {
+  for (const std::int64_t head_dim : {64, 96, 128, 192, 256}) {
+    BackwardCase c{1, 3, 75, 4, 2, head_dim, head_dim, DType::bf16};
+    c.deterministic = true;
+    expect_right(c, {{{0, 1}, {0, 75}, {}}, {{1, 3}, {0, 75}, {-kUnbounded, -3}}});
+  }
+}
+
 // Deterministic mode gives the same bits, whatever order the blocks finish in.
 TEST_F(Sm90Backward, DeterministicModeRepeatsBitForBit) {
   const char* wanted = std::getenv("ANNULUS_REPEATS");
