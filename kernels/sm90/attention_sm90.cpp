@@ -30,7 +30,7 @@ Maker maker(std::int64_t head_dim, std::int64_t value_dim) {
   }
 }
 
-using BackwardMaker = BackwardVariant (*)(DType);
+using BackwardMaker = BackwardVariant (*)(DType, bool soft_cap);
 
 BackwardMaker backward_maker(std::int64_t head_dim, std::int64_t value_dim) {
   if (head_dim == 192 && value_dim == 128) return backward_d192_v128;
@@ -128,7 +128,8 @@ void backward(const BackwardCall& call) {
           name(call.grad_o.dtype), name(problem.q.dtype));
   reason = unaligned(call.grad_o, "output gradient");
   require(reason.empty(), ExitCode::usage, "sm90: {}", reason);
-  launch_backward(call, backward_maker(problem.head_dim(), problem.value_dim())(problem.q.dtype));
+  const BackwardMaker variant_of = backward_maker(problem.head_dim(), problem.value_dim());
+  launch_backward(call, variant_of(problem.q.dtype, problem.soft_cap > 0.0F));
 }
 
 constexpr std::array<AttentionBackend, 1> kBackends{

@@ -4,13 +4,16 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = BackwardTile<Element, 128, 128, 64, 2, 1, Division::keys>;
+using Tile = BackwardTile<Element, 128, 128, 80, 2, 1, Division::halves>;
+
+// The slope of the cap takes registers that scores of 80 queries leave no room for.
+template <typename Element>
+using CappedTile = BackwardTile<Element, 128, 128, 64, 2, 1, Division::halves>;
 
 }  // namespace
 
-BackwardVariant backward_d128(DType dtype) {
-  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
-                              : backward_variant<Tile<__half>>();
+BackwardVariant backward_d128(DType dtype, bool soft_cap) {
+  return backward_variant_of<Tile, CappedTile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

@@ -8,9 +8,8 @@ using Tile = BackwardTile<Element, 192, 128, 64, 2, 1, Division::roles>;
 
 }  // namespace
 
-BackwardVariant backward_d192_v128(DType dtype) {
-  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
-                              : backward_variant<Tile<__half>>();
+BackwardVariant backward_d192_v128(DType dtype, bool soft_cap) {
+  return backward_variant_of<Tile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

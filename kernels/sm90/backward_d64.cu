@@ -4,13 +4,12 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = BackwardTile<Element, 64, 64, 128, 2, 1, Division::keys>;
+using Tile = BackwardTile<Element, 64, 64, 128, 2, 1, Division::halves>;
 
 }  // namespace
 
-BackwardVariant backward_d64(DType dtype) {
-  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
-                              : backward_variant<Tile<__half>>();
+BackwardVariant backward_d64(DType dtype, bool soft_cap) {
+  return backward_variant_of<Tile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

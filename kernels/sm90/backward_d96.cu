@@ -8,9 +8,8 @@ using Tile = BackwardTile<Element, 96, 96, 64, 2, 1, Division::keys>;
 
 }  // namespace
 
-BackwardVariant backward_d96(DType dtype) {
-  return dtype == DType::bf16 ? backward_variant<Tile<__nv_bfloat16>>()
-                              : backward_variant<Tile<__half>>();
+BackwardVariant backward_d96(DType dtype, bool soft_cap) {
+  return backward_variant_of<Tile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

@@ -17,20 +17,29 @@ void launch_backward_kernel(const BackwardParams& params, int blocks, cudaStream
   ANNULUS_CHECK_CUDA(cudaGetLastError());
 }
 
-template <typename Tile>
-void launch_tile(const BackwardParams& params, bool soft_cap, int blocks, cudaStream_t stream) {
-  soft_cap ? launch_backward_kernel<Tile, true>(params, blocks, stream)
-           : launch_backward_kernel<Tile, false>(params, blocks, stream);
+template <typename Tile, bool kSoftCap>
+BackwardVariant backward_variant() {
+  return {Tile::kQueries,
+          Tile::kKeys,
+          Tile::QkTile::kColumns,
+          Tile::VTile::kColumns,
+          Tile::kDrainRows,
+          [](const BackwardParams& params, int blocks, cudaStream_t stream) {
+            params.turns == nullptr
+                ? launch_backward_kernel<Tile, kSoftCap>(params, blocks, stream)
+                : launch_backward_kernel<OrderedTile<Tile>, kSoftCap>(params, blocks, stream);
+          }};
 }
 
-template <typename Tile>
-BackwardVariant backward_variant() {
-  return {Tile::kQueries, Tile::kKeys, Tile::QkTile::kColumns, Tile::VTile::kColumns,
-          [](const BackwardParams& params, bool soft_cap, int blocks, cudaStream_t stream) {
-            params.turns == nullptr
-                ? launch_tile<Tile>(params, soft_cap, blocks, stream)
-                : launch_tile<OrderedTile<Tile>>(params, soft_cap, blocks, stream);
-          }};
+/// The variant of an element type and of scores with or without a soft cap.
+template <template <typename> typename Tile, template <typename> typename CappedTile = Tile>
+BackwardVariant backward_variant_of(DType dtype, bool soft_cap) {
+  if (dtype == DType::bf16) {
+    return soft_cap ? backward_variant<CappedTile<__nv_bfloat16>, true>()
+                    : backward_variant<Tile<__nv_bfloat16>, false>();
+  }
+  return soft_cap ? backward_variant<CappedTile<__half>, true>()
+                  : backward_variant<Tile<__half>, false>();
 }
 
 }  // namespace annulus::kernels::sm90

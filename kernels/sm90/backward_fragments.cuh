@@ -98,6 +98,28 @@ __device__ inline void store_matrices(void* row, const std::uint32_t* matrices) 
       : "memory");
 }
 
+/// The same four matrices, each transposed; `row` is an address in shared memory.
+__device__ inline void store_matrices_transposed(std::uint32_t row, const std::uint32_t* matrices) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
+/// Where store_gradient_rows() of this lane begins, in bytes from a box [query][64 keys].
+__device__ inline std::uint32_t gradient_row_bytes() {
+  const std::uint32_t lane = threadIdx.x % 32;
+  const std::uint32_t query = lane / 16 * 8 + lane % 8;
+  const std::uint32_t chunk = (threadIdx.x % 128 / 32 * 2 + lane / 8 % 2) ^ (lane % 8);
+  return query * 128 + chunk * 16;
+}
+
+/// Fragments of dSᵀ for 64 keys to [query][64 keys], which dQ's product contracts over.
+template <int kCount>
+__device__ inline void store_gradient_rows(const std::uint32_t (&ds)[kCount], std::uint32_t row) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) store_matrices_transposed(row + i / 4 * 16 * 128, &ds[i]);
+}
+
 /// Fragments of dSᵀ to [query box][key][64 queries], where dQ's product reads them transposed.
 template <typename Tile>
 __device__ inline void store_gradient(const std::uint32_t (&ds)[Tile::kQueries / 4],
@@ -121,18 +143,26 @@ __device__ inline void clear_foreign_rows(Element* tile, int begin, int end) {
   }
 }
 
-__device__ inline void add_global(float* to, const float (&values)[4], bool vector) {
-  if (vector) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(values[0]),
-                 "f"(values[1]), "f"(values[2]), "f"(values[3])
-                 : "memory");
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to + i), "f"(values[i])
-                 : "memory");
-  }
+__device__ inline float2 load_shared_pair(std::uint32_t address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address));
+  return pair;
+}
+
+__device__ inline int load_shared_word(std::uint32_t address) {
+  int word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+__device__ inline void store_shared(std::uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ inline void add_global(float* to, const float (&values)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(values[0]),
+               "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
 }
 
 /// This thread's row among the 64 of an accumulator once neighbours have traded: an even lane
@@ -143,8 +173,7 @@ __device__ inline int traded_row() {
 
 /// Adds scale times the accumulator to rows in global memory; `row` is traded_row's, column 0.
 template <int kCount>
-__device__ inline void add_rows(const float (&acc)[kCount], float scale, float* row, bool valid,
-                                bool vector) {
+__device__ inline void add_rows(const float (&acc)[kCount], float scale, float* row, bool valid) {
   const bool odd = (threadIdx.x & 1U) != 0;
   float* to = row + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
@@ -157,7 +186,7 @@ __device__ inline void add_rows(const float (&acc)[kCount], float scale, float* 
     const float got1 = __shfl_xor_sync(0xffffffffU, send1, 1);
     const float values[4] = {scale * (odd ? got0 : keep0), scale * (odd ? got1 : keep1),
                              scale * (odd ? keep0 : got0), scale * (odd ? keep1 : got1)};
-    if (valid) add_global(to + i * 2, values, vector);
+    if (valid) add_global(to + i * 2, values);
   }
 }
 
@@ -166,7 +195,8 @@ __device__ inline float* gradient_row(const GradientRows& rows, int batch, int r
 }
 
 /// One arrival a warp, after all that its lanes did before.
-__device__ inline void arrive_warp(std::uint64_t* barrier) {
+template <typename Barrier>
+__device__ inline void arrive_warp(Barrier barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) mbarrier_arrive(barrier);
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "kernels/sm90/backward_drain.cuh"
+#include "kernels/sm90/backward_halves.cuh"
 #include "kernels/sm90/backward_keys.cuh"
 #include "kernels/sm90/backward_producer.cuh"
 #include "kernels/sm90/backward_queries.cuh"
@@ -19,7 +21,7 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
   for (int i = 0; i < Tile::kKvBuffers; ++i) {
     mbarrier_init(&shared.k_full[i], 1);
     mbarrier_init(&shared.v_full[i], 1);
-    mbarrier_init(&shared.kv_empty[i], 12);
+    mbarrier_init(&shared.kv_empty[i], Tile::kHalves ? 8 : 12);
   }
   for (int i = 0; i < Tile::kStages; ++i) {
     mbarrier_init(&shared.q_full[i], 1);
@@ -34,6 +36,10 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
     mbarrier_init(&shared.p_full[i], 4);
     mbarrier_init(&shared.p_empty[i], 4);
   }
+  for (int half = 0; half < 2; ++half) {
+    mbarrier_init(&shared.grad_q_full[half], 4);
+    mbarrier_init(&shared.grad_q_empty[half], 1);
+  }
   fence_barrier_init();
 }
 
@@ -42,7 +48,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     backward_kernel(const __grid_constant__ BackwardParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<SharedBackward<Tile>*>(memory);
-  const int warpgroup = __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warpgroup = uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) {
     tma_prefetch_map(&params.q);
     tma_prefetch_map(&params.grad_o);
@@ -55,12 +61,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     shrink_registers<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) BackwardProducer<Tile>(params, shared).run();
     if (threadIdx.x == 32) BackwardScheduler<Tile>(params, shared).run();
+    if constexpr (Tile::kHalves) {
+      if (threadIdx.x == 64) BackwardDrain<Tile>(params, shared).run();
+    }
   } else if (warpgroup == 3) {
-    shrink_registers<Tile::kQueryRegisters>();
-    BackwardQueries<Tile>(params, shared).run();
+    if constexpr (!Tile::kHalves) {
+      shrink_registers<Tile::kQueryRegisters>();
+      BackwardQueries<Tile>(params, shared).run();
+    }
   } else {
     grow_registers<Tile::kKeyRegisters>();
-    if constexpr (Tile::kDivision == Division::keys) {
+    if constexpr (Tile::kDivision == Division::halves) {
+      BackwardHalf<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
+    } else if constexpr (Tile::kDivision == Division::keys) {
       BackwardKeys<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
     } else if (warpgroup == 1) {
       BackwardValueRole<Tile, kSoftCap>(params, shared).run();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "kernels/buffer.hpp"
 #include "kernels/cuda/check.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
@@ -28,19 +29,49 @@ RowStrides head_strides(const ConstTensorView& view) {
   return {view.strides[0], view.strides[2], view.strides[1]};
 }
 
-GradientRows gradient_rows(const TensorView& view, const char* what) {
-  if (!view) return {};
-  require(view.dtype == DType::f32 && view.strides[3] == 1, ExitCode::usage,
-          "sm90: {} has dtype {} and head_dim stride {}; accepted: f32 and 1", what,
-          name(view.dtype), view.strides[3]);
-  bool vector = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+/// Whether rows start at multiples of 16 bytes, as the copy engine wants them.
+bool is_aligned(const TensorView& view) {
+  bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
   for (int dim = 0; dim < 3; ++dim) {
-    vector =
-        vector && (view.shape[dim] == 1 || (view.strides[dim] > 0 && view.strides[dim] % 4 == 0));
+    aligned =
+        aligned && (view.shape[dim] == 1 || (view.strides[dim] > 0 && view.strides[dim] % 4 == 0));
   }
-  return {
-      static_cast<float*>(view.data), {view.strides[0], view.strides[1], view.strides[2]}, vector};
+  return aligned;
 }
+
+/// Where the kernel adds a gradient: in place, or beside it where the copy engine cannot.
+class GradientPlace {
+ public:
+  GradientPlace(const TensorView& wanted, const char* what, Stream stream)
+      : wanted_(wanted), view_(wanted), stream_(stream) {
+    if (!wanted) return;
+    require(wanted.dtype == DType::f32 && wanted.strides[3] == 1, ExitCode::usage,
+            "sm90: {} has dtype {} and head_dim stride {}; accepted: f32 and 1", what,
+            name(wanted.dtype), wanted.strides[3]);
+    if (is_aligned(wanted)) return;
+    beside_ = Buffer(Device::cuda, wanted.shape.elements() * 4, stream);
+    fill_bytes(beside_.data(), Device::cuda, 0, beside_.bytes(), stream);
+    view_ = TensorView(beside_.data(), DType::f32, wanted.shape, Device::cuda);
+  }
+
+  /// After the launch.
+  void finish() const {
+    if (beside_.data() != nullptr) accumulate(view_, wanted_, stream_);
+  }
+
+  GradientRows rows() const {
+    if (!view_) return {};
+    return {static_cast<float*>(view_.data),
+            {view_.strides[0], view_.strides[1], view_.strides[2]}};
+  }
+  const TensorView& view() const { return view_; }
+
+ private:
+  TensorView wanted_;
+  TensorView view_;
+  Buffer beside_;
+  Stream stream_;
+};
 
 CUtensorMap tile_map(const ConstTensorView& view, int columns, int rows) {
   return make_tensor_map<4>(
@@ -57,7 +88,12 @@ int multiprocessors() {
   return count;
 }
 
-void set_tensors(BackwardParams& params, const BackwardCall& call, const BackwardVariant& variant) {
+struct Gradients {
+  GradientPlace q, k, v;
+};
+
+void set_tensors(BackwardParams& params, const BackwardCall& call, const BackwardVariant& variant,
+                 const Gradients& gradients) {
   const AttentionProblem& problem = call.problem;
   params.q = tile_map(problem.q, variant.qk_columns, variant.queries);
   params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries);
@@ -67,12 +103,12 @@ void set_tensors(BackwardParams& params, const BackwardCall& call, const Backwar
   params.delta = static_cast<const float*>(call.delta.data);
   params.lse_strides = head_strides(call.log_sum_exp);
   params.delta_strides = head_strides(call.delta);
-  params.grad_q = gradient_rows(call.grad_q, "grad_q");
-  if (params.grad_q.data != nullptr && params.grad_q.vector) {
-    params.grad_q_map = tile_map(call.grad_q, 32, 16);
-  }
-  params.grad_k = gradient_rows(call.grad_k, "grad_k");
-  params.grad_v = gradient_rows(call.grad_v, "grad_v");
+  params.grad_q = gradients.q.rows();
+  params.grad_k = gradients.k.rows();
+  params.grad_v = gradients.v.rows();
+  if (call.grad_q) params.grad_q_map = tile_map(gradients.q.view(), 32, variant.grad_q_rows);
+  if (call.grad_k) params.grad_k_map = tile_map(gradients.k.view(), 32, 64);
+  if (call.grad_v) params.grad_v_map = tile_map(gradients.v.view(), 32, 64);
 }
 
 /// Freed in the order of the stream: after the launch that uses it.
@@ -150,8 +186,11 @@ void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   const auto stream = static_cast<cudaStream_t>(call.stream.handle);
   const int processors = multiprocessors();
 
+  const Gradients gradients{{call.grad_q, "grad_q", call.stream},
+                            {call.grad_k, "grad_k", call.stream},
+                            {call.grad_v, "grad_v", call.stream}};
   BackwardParams params{};
-  set_tensors(params, call, variant);
+  set_tensors(params, call, variant, gradients);
   set_scale(params, problem);
   set_units(params, problem, work, call.deterministic, processors);
   const WorkTables tables = work_tables(work, stream);
@@ -159,7 +198,10 @@ void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   params.entry_table = tables.entries;
   params.ticket = ticket_counter(stream);
   const DeviceWords turns = call.deterministic ? set_turns(params, call, variant) : DeviceWords{};
-  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
+  variant.launch(params, std::min(processors, params.tickets), stream);
+  gradients.q.finish();
+  gradients.k.finish();
+  gradients.v.finish();
 }
 
 }  // namespace annulus::kernels::sm90

@@ -14,15 +14,16 @@ struct BackwardVariant {
   int keys;        // of a block
   int qk_columns;  // columns of a box of Q or K in shared memory
   int v_columns;
-  void (*launch)(const BackwardParams& params, bool soft_cap, int blocks, cudaStream_t stream);
+  int grad_q_rows;  // of a box of dQ, whose columns are 32
+  void (*launch)(const BackwardParams& params, int blocks, cudaStream_t stream);
 };
 
-BackwardVariant backward_d64(DType dtype);
-BackwardVariant backward_d96(DType dtype);
-BackwardVariant backward_d128(DType dtype);
-BackwardVariant backward_d192(DType dtype);
-BackwardVariant backward_d192_v128(DType dtype);
-BackwardVariant backward_d256(DType dtype);
+BackwardVariant backward_d64(DType dtype, bool soft_cap);
+BackwardVariant backward_d96(DType dtype, bool soft_cap);
+BackwardVariant backward_d128(DType dtype, bool soft_cap);
+BackwardVariant backward_d192(DType dtype, bool soft_cap);
+BackwardVariant backward_d192_v128(DType dtype, bool soft_cap);
+BackwardVariant backward_d256(DType dtype, bool soft_cap);
 
 /// Adds the gradients of one call on its stream.
 void launch_backward(const BackwardCall& call, const BackwardVariant& variant);

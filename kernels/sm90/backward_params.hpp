@@ -9,11 +9,11 @@
 /// What one launch of the backward kernel gets, by value.
 namespace annulus::kernels::sm90 {
 
-/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to; dim is contiguous.
+/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to; dim is contiguous, and rows
+/// start at multiples of 16 bytes.
 struct GradientRows {
   float* data;  // null: not wanted
   RowStrides strides;
-  bool vector;  // rows start at multiples of 16 bytes
 };
 
 struct BackwardParams {
@@ -21,7 +21,9 @@ struct BackwardParams {
   CUtensorMap grad_o;      // (value_dim, seq_q, q_heads, batch)
   CUtensorMap k;           // (head_dim, seq_kv, kv_heads, batch)
   CUtensorMap v;           // (value_dim, seq_kv, kv_heads, batch)
-  CUtensorMap grad_q_map;  // (head_dim, seq_q, q_heads, batch), where grad_q.vector
+  CUtensorMap grad_q_map;  // (head_dim, seq_q, q_heads, batch)
+  CUtensorMap grad_k_map;  // (head_dim, seq_kv, kv_heads, batch)
+  CUtensorMap grad_v_map;  // (value_dim, seq_kv, kv_heads, batch)
 
   const float* lse;
   const float* delta;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/backward_scheduler.cuh"
+#include "kernels/sm90/backward_turns.hpp"
 #include "kernels/sm90/tma.cuh"
 
 /// The producing warp: K and V once a block of keys, then Q, dO, LSE and delta of every block of
@@ -77,25 +78,16 @@ class BackwardProducer {
     }
   }
 
-  /// Blocks of keys, and slices of this one, that come before and meet the same queries. Tickets
-  /// are taken in the order of entries, so that whoever waits for a turn waits for earlier tickets.
+  /// Additions to the same queries that come before. Tickets are taken in the order of entries,
+  /// from the last keys to the first, so that whoever waits for a turn waits for earlier tickets.
   __device__ std::uint32_t turn_of(const KeyItem& item, int slice, int q) const {
-    const int batch = params_.entry_table[item.entry].batch;
-    std::uint32_t earlier = 0;
-    for (int e = lane_; e <= item.entry; e += 32) {
-      const TileEntry entry = params_.entry_table[e];
-      if (entry.batch != batch) continue;
-      const int end = e == item.entry ? slice : entry.slice_end;
-      for (int i = entry.slice_begin; i < end; ++i) {
-        const TileSlice s = params_.slice_table[i];
-        const int2 queries =
-            queries_of(s, entry.q_begin, min(entry.q_begin + Tile::kKeys, s.k_end));
-        if (queries.x <= queries.y && first_block<Tile>(queries.x) <= q && q <= queries.y) {
-          ++earlier;
-        }
-      }
+    const int end = params_.slice_table[item.slice_begin].next_batch;
+    int earlier = 0;
+    for (int i = item.slice_begin + lane_; i < end; i += 32) {
+      earlier += turns_before(params_.slice_table[i], i, slice, item.slice_end, item.k_begin, q,
+                              Tile::kQueries, Tile::kKeys);
     }
-    return __reduce_add_sync(0xffffffffU, earlier);
+    return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
   }
 
   __device__ void load_block(const KeyItem& item, const TileSlice& s, int head, int q, int flags) {
@@ -135,7 +127,8 @@ class BackwardProducer {
   /// A row without keys (LSE -inf) or outside the slice gets LSE +inf, so that P = exp2(S - inf) =
   /// 0, and δ 0.
   __device__ void load_rows(int stage, const TileSlice& s, int q, int head, int batch) {
-    constexpr int kEach = Tile::kQueries / 32;
+    const float delta_scale = Tile::kScaledGradient ? params_.scale : 1.0F;
+    constexpr int kEach = (Tile::kQueries + 31) / 32;
     const float* lse =
         params_.lse + batch * params_.lse_strides.batch + head * params_.lse_strides.head;
     const float* delta =
@@ -152,8 +145,9 @@ class BackwardProducer {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const bool empty = lse_of[i] == -INFINITY;
+      if (Tile::kQueries % 32 != 0 && lane_ + 32 * i >= Tile::kQueries) break;
       shared_.lse[stage][lane_ + 32 * i] = empty ? INFINITY : lse_of[i] * 1.4426950408889634F;
-      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_of[i];
+      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_of[i] * delta_scale;
     }
     __syncwarp();
     if (lane_ == 0) mbarrier_arrive(&shared_.rows_full[stage]);

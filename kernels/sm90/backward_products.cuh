@@ -22,49 +22,61 @@ __device__ inline void pin_registers(KeyGradient<kDim>& d) {
 
 /// Adds scale times the gradient to this thread's row.
 template <int kDim>
-__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid,
-                                bool vector) {
+__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid) {
 #pragma unroll
   for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
-    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid, vector);
+    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid);
   }
 }
 
-/// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ: 64 keys, from `first_key` on, by all queries.
+/// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ, of 64 keys by all queries; the descriptors are k_major.
+template <typename Tile, typename Layout, int kDim>
+__device__ inline void issue_scores(float (&s)[Tile::kQueries / 2], std::uint64_t a,
+                                    std::uint64_t b) {
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    WgmmaShape<typename Tile::Element, Tile::kQueries>::shared(
+        s, advance(a, Layout::k_major_step(step, Tile::kKeys)),
+        advance(b, Layout::k_major_step(step, Tile::kQueries)), step != 0);
+  }
+  wgmma_commit();
+}
+
+/// The same from places in memory; the keys start at `first_key`.
 template <typename Tile, typename Layout, int kDim>
 __device__ inline void issue_scores(float (&s)[Tile::kQueries / 2],
                                     const typename Tile::Element* keys, int first_key,
                                     const typename Tile::Element* queries) {
-  const std::uint64_t a = Layout::k_major(keys + first_key * Layout::kColumns);
-  const std::uint64_t b = Layout::k_major(queries);
-#pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) {
-    WgmmaShape<typename Tile::Element, Tile::kQueries>::shared(
-        s, a + Layout::k_major_step(step, Tile::kKeys),
-        b + Layout::k_major_step(step, Tile::kQueries), step != 0);
-  }
-  wgmma_commit();
+  issue_scores<Tile, Layout, kDim>(s, Layout::k_major(keys + first_key * Layout::kColumns),
+                                   Layout::k_major(queries));
 }
 
 /// dV += Pᵀ·dO, or dK += dSᵀ·Q. A product of 256 columns asks for more registers than a thread of
-/// 512 may name, so that it is cut in two.
+/// 512 may name, so that it is cut in two. `queries`: the address in shared memory.
 template <typename Tile, typename Layout, int kDim>
 __device__ inline void issue_key_gradient(KeyGradient<kDim>& d,
                                           const std::uint32_t (&weights)[Tile::kQueries / 4],
-                                          const typename Tile::Element* queries, bool accumulate) {
+                                          std::uint32_t queries, bool accumulate) {
 #pragma unroll
   for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
     constexpr int kColumns = KeyGradient<kDim>::kColumns;
     const std::uint64_t b =
-        Layout::n_major(queries + part * kColumns * Tile::kQueries, Tile::kQueries);
+        Layout::n_major(queries + part * kColumns * Tile::kQueries * 2, Tile::kQueries);
 #pragma unroll
     for (int step = 0; step < Tile::kQueries / 16; ++step) {
-      WgmmaShape<typename Tile::Element, kColumns>::registers(d.parts[part], &weights[4 * step],
-                                                              b + Layout::n_major_step(step),
-                                                              step != 0 || accumulate);
+      WgmmaShape<typename Tile::Element, kColumns>::registers(
+          d.parts[part], &weights[4 * step], advance(b, Layout::n_major_step(step)),
+          step != 0 || accumulate);
     }
   }
   wgmma_commit();
+}
+
+template <typename Tile, typename Layout, int kDim>
+__device__ inline void issue_key_gradient(KeyGradient<kDim>& d,
+                                          const std::uint32_t (&weights)[Tile::kQueries / 4],
+                                          const typename Tile::Element* queries, bool accumulate) {
+  issue_key_gradient<Tile, Layout, kDim>(d, weights, shared_address(queries), accumulate);
 }
 
 /// Columns of dQ for 64 queries: dQ = dS·K.
@@ -77,8 +89,8 @@ __device__ inline void issue_query_gradient(float (&d)[kColumns / 2],
 #pragma unroll
   for (int step = 0; step < Tile::kKeys / 16; ++step) {
     WgmmaShape<typename Tile::Element, kColumns>::transposed(
-        d, a + Tile::ScoreTile::n_major_step(step), b + Tile::QkTile::n_major_step(step),
-        step != 0);
+        d, advance(a, Tile::ScoreTile::n_major_step(step)),
+        advance(b, Tile::QkTile::n_major_step(step)), step != 0);
   }
   wgmma_commit();
 }
@@ -98,16 +110,19 @@ struct Place {
   }
 };
 
+template <int kCount>
+__device__ inline void cap_scores(float (&s)[kCount], float score_scale) {
+#pragma unroll
+  for (float& score : s) score = tanh_exp(score * score_scale);
+}
+
 /// Soft cap and mask of a warpgroup's scores.
 template <bool kSoftCap, typename Tile>
 __device__ inline void prepare_scores(const SharedBackward<Tile>& shared,
                                       const BackwardParams& params, int flags,
                                       const Place<Tile>& at, int first_key,
                                       float (&s)[Tile::kQueries / 2]) {
-  if constexpr (kSoftCap) {
-#pragma unroll
-    for (float& score : s) score = tanh_exp(score * params.score_scale);
-  }
+  if constexpr (kSoftCap) cap_scores(s, params.score_scale);
   if ((flags & kPartlyMasked) == 0) [[likely]]
     return;
   const QueryNote note = broadcast(shared.notes[at.note]);

@@ -58,14 +58,7 @@ class BackwardQueries {
         if constexpr (Tile::kOrdered) {
           if (part == 0) await_turn(note, q, turn);
         }
-        if (params_.grad_q.vector) {
-          reduce(dq, note, q, part * kColumns);
-        } else {
-          const int row = q + traded_row();
-          add_rows(dq, params_.scale,
-                   gradient_row(params_.grad_q, note.batch, row, note.head) + part * kColumns,
-                   row >= note.slice_q_begin && row < note.slice_q_end, false);
-        }
+        reduce(dq, note, q, part * kColumns);
       }
       if constexpr (Tile::kOrdered) {
         if (params_.grad_q.data != nullptr) pass_turn(note, q, turn);

@@ -17,8 +17,7 @@ __device__ inline void finish_keys(SharedBackward<Tile>& shared, Place<Tile>& pl
   place.kv.advance();
   if (rows.data == nullptr) return;
   const int key = item.k_begin + traded_row();
-  add_rows(gradient, scale, gradient_row(rows, item.batch, key, item.kv_head), key < item.k_end,
-           rows.vector);
+  add_rows(gradient, scale, gradient_row(rows, item.batch, key, item.kv_head), key < item.k_end);
 }
 
 /// Clears what a block of Q or dO holds beyond the slice.

@@ -36,10 +36,11 @@ class Planner {
   explicit Planner(std::int32_t block_keys) : block_keys_(block_keys) {}
 
   void add_batch_row(std::span<const Slice> slices, std::int32_t batch) {
+    const std::size_t first = work_.slices.size();
     std::vector<const Slice*> by_begin;
     std::vector<std::int64_t> bounds;
     for (const Slice& slice : slices) {
-      if (slice.q.empty() || slice.k.empty()) continue;
+      if (slice.q.empty() || slice.k.empty() || slice.band.lo > slice.band.hi) continue;
       by_begin.push_back(&slice);
       bounds.push_back(slice.k.begin);
       bounds.push_back(slice.k.end);
@@ -57,6 +58,9 @@ class Planner {
         covering.push_back(*next);
       }
       if (!covering.empty()) add_run(covering, bounds[i], bounds[i + 1], batch);
+    }
+    for (std::size_t i = first; i < work_.slices.size(); ++i) {
+      work_.slices[i].next_batch = static_cast<std::int32_t>(work_.slices.size());
     }
   }
 

@@ -31,9 +31,11 @@ __device__ inline void fence_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+__device__ inline void mbarrier_arrive(std::uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 __device__ inline void mbarrier_arrive(std::uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
+  mbarrier_arrive(shared_address(barrier));
 }
 
 /// One arrival, which also announces `bytes` of copies that complete on this barrier.
@@ -46,7 +48,7 @@ __device__ inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint3
 
 /// Returns once the phase of the given parity has completed. A fresh barrier counts as having
 /// completed the phase of parity 1.
-__device__ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+__device__ inline void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -55,9 +57,12 @@ __device__ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parit
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ inline void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+  mbarrier_wait(shared_address(barrier), parity);
 }
 
 __device__ inline void named_barrier_sync(int barrier, int threads) {

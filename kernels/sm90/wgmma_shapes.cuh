@@ -15,6 +15,7 @@ namespace annulus::kernels::sm90 {
 /// stored: the same, A in shared memory, K-major.
 /// registers_k_major: D (+)= A·Bᵀ, A in registers, B K-major in shared memory.
 /// transposed: D (+)= AᵀB, A stored [k, m] and B stored [k, n] in shared memory.
+/// transposed_k_major: D (+)= AᵀBᵀ, A stored [k, m], B K-major.
 template <typename Element, int kN>
 struct WgmmaShape;
 
@@ -76,6 +77,15 @@ struct WgmmaShape;
                    ", 0;\n"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
                    "}, %" #O0 ", %" #O1 ", p, 1, 1, 1, 1;\n}"                                  \
+                   : OUT##ACC                                                                  \
+                   : "l"(a), "l"(b), "r"(accumulate));                                         \
+    }                                                                                          \
+    __device__ static void transposed_k_major(float (&d)[ACC], std::uint64_t a,                \
+                                              std::uint64_t b, int accumulate) {               \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #O2                                    \
+                   ", 0;\n"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX "." PTX " {" REG##ACC \
+                   "}, %" #O0 ", %" #O1 ", p, 1, 1, 1, 0;\n}"                                  \
                    : OUT##ACC                                                                  \
                    : "l"(a), "l"(b), "r"(accumulate));                                         \
     }                                                                                          \

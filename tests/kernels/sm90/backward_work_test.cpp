@@ -2,8 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <map>
 #include <random>
+
+#include "kernels/sm90/backward_turns.hpp"
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -61,6 +65,63 @@ TEST(BackwardWork, CoversEachPairOnce) {
     expect_covered({slices, {}}, 2, block, order);
     const std::vector<std::int64_t> offsets{0, 1, 4};
     expect_covered({slices, offsets}, 2, block, order);
+  }
+}
+
+/// Goes through the table as the kernel's tickets do and compares each turn with the additions so
+/// far.
+void expect_turns(const SliceList& mask, std::int32_t batch, int queries, int keys) {
+  const ForwardWork work = plan_backward(mask, batch, keys, BlockOrder::last_keys_first);
+  for (std::int32_t b = 0; b < batch; ++b) {
+    std::map<int, int> added;  // by the first query of a block
+    for (const TileEntry& entry : work.entries) {
+      if (entry.batch >= 0 && entry.batch != b) continue;
+      for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
+        const TileSlice& s = work.slices[static_cast<std::size_t>(i)];
+        const int k_end = std::min(entry.q_begin + keys, s.k_end);
+        const int first = std::max(s.q_begin, entry.q_begin - s.hi);
+        const int last = std::min(s.q_end - 1, k_end - 1 - s.lo);
+        if (first > last) continue;
+        for (int q = first / queries * queries; q <= last; q += queries) {
+          int turn = 0;
+          for (std::int32_t j = entry.slice_begin; j < s.next_batch; ++j) {
+            turn += turns_before(work.slices[static_cast<std::size_t>(j)], j, i, entry.slice_end,
+                                 entry.q_begin, q, queries, keys);
+          }
+          ASSERT_EQ(turn, added[q])
+              << "keys from " << entry.q_begin << " slice " << i << " q " << q;
+          ++added[q];
+        }
+      }
+    }
+  }
+}
+
+TEST(BackwardWork, CountsTheTurnsOfDeterministicAdditions) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  const auto below = [&](int limit) { return static_cast<std::int64_t>(random() % limit); };
+  for (int i = 0; i < 2000; ++i) {
+    std::vector<Slice> slices;
+    const std::int64_t seq_q = 1 + below(700);
+    for (std::int64_t q = 0;
+         q < seq_q;) {  // rows that share keys, as layouts and documents have them
+      const std::int64_t end = std::min(seq_q, q + 1 + below(400));
+      const std::int64_t k = below(300);
+      Slice slice{{q, end}, {k, k + below(600)}, {}};
+      if (below(3) > 0) slice.band.hi = below(400) - 200;
+      if (below(3) > 0) slice.band.lo = below(400) - 200;
+      slices.push_back(slice);
+      q = end;
+    }
+    const int keys = below(2) == 0 ? 64 : 128;
+    const int queries = std::array{16, 64, 80, 128}[static_cast<std::size_t>(below(4))];
+    const auto count = static_cast<std::int64_t>(slices.size());
+    expect_turns({slices, {}}, 1, queries, keys);
+    const std::vector<std::int64_t> offsets{0, count / 3, count};
+    expect_turns({slices, offsets}, 2, queries, keys);
+    if (HasFatalFailure()) return;
   }
 }
 

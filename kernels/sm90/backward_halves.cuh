@@ -1,0 +1,351 @@
+#pragma once
+
+#include "kernels/sm90/backward_products.cuh"
+#include "kernels/sm90/tma.cuh"
+
+/// One of two warpgroups that each keep dK and dV of 64 keys, compute all five products for them
+/// and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to shared
+/// memory for dQᵀ = Kᵀ·dSᵀ over the keys of both, of which each warpgroup takes 64 columns
+/// (head_dim 128) or half of the queries (64). A warpgroup's exponentials pass under the other's
+/// products.
+namespace annulus::kernels::sm90 {
+
+inline constexpr int kBothBarrier = 1;  // of the two warpgroups
+inline constexpr int kHalfBarrier = 2;  // one a warpgroup
+
+template <typename Tile, bool kSoftCap>
+class BackwardHalf {
+ public:
+  __device__ BackwardHalf(const BackwardParams& params, SharedBackward<Tile>& shared, int half)
+      : params_(params),
+        shared_(shared),
+        half_(half),
+        base_(static_cast<std::uint32_t>(uniform(static_cast<int>(shared_address(&shared))))),
+        column_bytes_(threadIdx.x % 4 * 8),
+        row_bytes_(gradient_row_bytes()),
+        drain_bytes_(drain_bytes()) {
+    // Kept, where the compiler would rather compute them anew for each tile.
+    asm volatile("" : "+r"(column_bytes_), "+r"(row_bytes_), "+r"(drain_bytes_));
+  }
+
+  __device__ void run() {
+    KeyGradient<Tile::kHeadDim> dk;
+    KeyGradient<Tile::kValueDim> dv;
+    int flags = await_queries();
+    while ((flags & kNoMoreItems) == 0) {
+      mbarrier_wait(&shared_.k_full[at_.kv.index], at_.kv.parity);
+      clear_foreign_keys();
+      mbarrier_wait(&shared_.v_full[at_.kv.index], at_.kv.parity);
+      bool accumulate = false;
+      while (true) {
+        if ((flags & kPartlyMasked) != 0) [[unlikely]] {
+          block<true>(flags, accumulate, dk, dv);
+        } else {
+          block<false>(flags, accumulate, dk, dv);
+        }
+        if ((flags & kLastOfItem) != 0) break;
+        accumulate = true;
+        flags = await_queries();
+      }
+      finish_item(dk, dv);
+      flags = await_queries();
+    }
+    // The end travels on to the draining warp as a note without dQ.
+    take_drain();
+    give_drain();
+  }
+
+ private:
+  using Element = typename Tile::Element;
+  using QkTile = typename Tile::QkTile;
+  using VTile = typename Tile::VTile;
+  static constexpr int kCount = Tile::kQueries / 2;
+  static constexpr int kDrainQueries = Tile::kDrainRows;
+
+  // Addresses in shared memory, of what the rings point to.
+  using Shared = SharedBackward<Tile>;
+  __device__ std::uint32_t keys() const {
+    return base_ + offsetof(Shared, k) + at_.kv.index * sizeof(Shared::k[0]);
+  }
+  __device__ std::uint32_t values() const {
+    return base_ + offsetof(Shared, v) + at_.kv.index * sizeof(Shared::v[0]);
+  }
+  __device__ std::uint32_t queries() const {
+    return base_ + offsetof(Shared, q) + at_.ring.index * sizeof(Shared::q[0]);
+  }
+  __device__ std::uint32_t grad_o() const {
+    return base_ + offsetof(Shared, grad_o) + at_.ring.index * sizeof(Shared::grad_o[0]);
+  }
+  __device__ std::uint32_t grad_s() const {
+    return base_ + offsetof(Shared, grad_s) + at_.scores.index * sizeof(Shared::grad_s[0]);
+  }
+
+  __device__ std::uint32_t barrier(std::size_t first, int index) const {
+    return base_ + static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(index) * 8;
+  }
+
+  /// Flags of the block whose turn it is, once its Q is there. One lane reads, the one that later
+  /// tells the producer that the warp is done with the note.
+  __device__ int await_queries() {
+    mbarrier_wait(barrier(offsetof(Shared, q_full), at_.ring.index), at_.ring.parity);
+    const std::uint32_t flags =
+        base_ + offsetof(Shared, notes) + at_.note * sizeof(QueryNote) + offsetof(QueryNote, flags);
+    return uniform(threadIdx.x % 32 == 0 ? load_shared_word(flags) : 0);
+  }
+
+  template <bool kMasked>
+  __device__ void block(int flags, bool accumulate, KeyGradient<Tile::kHeadDim>& dk,
+                        KeyGradient<Tile::kValueDim>& dv) {
+    float s[kCount];
+    float dp[kCount];
+    std::uint32_t p[kCount / 2];
+    std::uint32_t ds[kCount / 2];
+    const int stage = at_.ring.index;
+    if constexpr (kMasked) {
+      if ((flags & kForeignRows) != 0) clear_foreign_queries();
+    }
+    wgmma_fence();
+    issue_scores<Tile, QkTile, Tile::kHeadDim>(
+        s, QkTile::k_major(keys() + half_ * 64 * QkTile::kColumns * 2), QkTile::k_major(queries()));
+    float2 lse[kCount / 4];
+    mbarrier_wait(barrier(offsetof(Shared, rows_full), stage), at_.ring.parity);
+    if constexpr (!kMasked) load_statistics(lse, offsetof(Shared, lse));
+    mbarrier_wait(barrier(offsetof(Shared, grad_o_full), stage), at_.ring.parity);
+    // What is in flight must not depend on a branch: masks come first.
+    if constexpr (kMasked) {
+      wgmma_wait<0>();
+      pin_registers(s);
+      prepare_scores<kSoftCap>(shared_, params_, flags, at_, half_ * 64, s);
+      wgmma_fence();
+    }
+    issue_scores<Tile, VTile, Tile::kValueDim>(
+        dp, VTile::k_major(values() + half_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()));
+    if constexpr (kMasked) load_statistics(lse, offsetof(Shared, lse));
+    exponentials<kMasked>(s, p, lse);
+    gradient<kMasked>(s, dp, p, ds);
+    store_gradient_rows(ds, grad_s() + half_ * Tile::kQueries * 128 + row_bytes_);
+    wgmma_fence();
+    issue_key_gradient<Tile, VTile, Tile::kValueDim>(dv, p, grad_o(), accumulate);
+    fence_async_shared();
+    named_barrier_sync(kBothBarrier, 256);
+    float dq[kDrainQueries / 2];
+    issue_drained(dq);
+    wgmma_wait<1>();
+    pin_registers(dv);
+    pin_registers(p);
+    arrive_warp(barrier(offsetof(Shared, grad_o_empty), stage));
+    issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
+    take_drain();
+    wgmma_wait<1>();
+    pin_registers(dq);
+    stage_drained(dq);
+    give_drain();
+    wgmma_wait<0>();
+    pin_registers(dk);
+    pin_registers(ds);
+    arrive_warp(barrier(offsetof(Shared, q_empty), stage));
+    at_.advance();
+  }
+
+  /// S to P in fp32, in place; with a soft cap to P times its slope, and P itself to `p`.
+  template <bool kMasked>
+  __device__ void exponentials(float (&s)[kCount], std::uint32_t (&p)[kCount / 2],
+                               const float2 (&lse)[kCount / 4]) {
+    if constexpr (!kMasked) {
+      wgmma_wait<1>();
+      pin_registers(s);
+      if constexpr (kSoftCap) cap_scores(s, params_.score_scale);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const float2 lse_of = lse[i / 4];
+      const float low = exp2_approx(fmaf(s[i], params_.exp_scale, -lse_of.x));
+      const float high = exp2_approx(fmaf(s[i + 1], params_.exp_scale, -lse_of.y));
+      if constexpr (kSoftCap) {
+        p[i / 2] = pack_pair<Element>(low, high);
+        s[i] = low == 0.0F ? 0.0F : low * (1.0F - s[i] * s[i]);
+        s[i + 1] = high == 0.0F ? 0.0F : high * (1.0F - s[i + 1] * s[i + 1]);
+      } else {
+        s[i] = low;
+        s[i + 1] = high;
+      }
+    }
+    pin_registers(s);  // under dP's product, not after it
+  }
+
+  /// This thread's queries among LSE or δ.
+  __device__ void load_statistics(float2 (&values)[kCount / 4], std::size_t array) const {
+    const std::uint32_t first = base_ + static_cast<std::uint32_t>(array) +
+                                at_.ring.index * Tile::kQueries * 4 + column_bytes_;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) values[i] = load_shared_pair(first + i * 32);
+  }
+
+  /// dS = weight·(dP − δ), times the scale where the tile says so, and P as dV's product takes it.
+  template <bool kMasked>
+  __device__ void gradient(const float (&weights)[kCount], float (&dp)[kCount],
+                           std::uint32_t (&p)[kCount / 2], std::uint32_t (&ds)[kCount / 2]) {
+    float2 offset[kCount / 4];
+    load_statistics(offset, offsetof(Shared, delta));
+    wgmma_wait<0>();
+    pin_registers(dp);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      if constexpr (kMasked) {  // dP of a masked pair may be NaN, which a weight of 0 lets through
+        if (weights[i] == 0.0F) dp[i] = 0.0F;
+        if (weights[i + 1] == 0.0F) dp[i + 1] = 0.0F;
+      }
+      const float low = weights[i] * less(dp[i], offset[i / 4].x);
+      const float high = weights[i + 1] * less(dp[i + 1], offset[i / 4].y);
+      if constexpr (!kSoftCap) p[i / 2] = pack_pair<Element>(weights[i], weights[i + 1]);
+      ds[i / 2] = pack_pair<Element>(low, high);
+    }
+  }
+
+  __device__ float less(float dp, float delta) const {
+    return Tile::kScaledGradient ? fmaf(dp, params_.scale, -delta) : dp - delta;
+  }
+
+  /// This warpgroup's half of dQᵀ.
+  __device__ void issue_drained(float (&dq)[kDrainQueries / 2]) {
+    using Scores = typename Tile::ScoreTile;
+    const std::uint64_t a = QkTile::n_major(
+        keys() + (Tile::kColumnHalves ? half_ * 64 * Tile::kKeys * 2 : 0), Tile::kKeys);
+    const std::uint64_t b =
+        Scores::k_major(grad_s() + (Tile::kColumnHalves ? 0 : half_ * kDrainQueries * 64 * 2));
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Tile::kKeys / 16; ++step) {
+      WgmmaShape<Element, kDrainQueries>::transposed_k_major(
+          dq, advance(a, QkTile::n_major_step(step)),
+          advance(b, Scores::k_major_step(step, Tile::kQueries)), step != 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ void take_drain() {
+    mbarrier_wait(barrier(offsetof(Shared, grad_q_empty), half_), drain_parity_ ^ 1);
+    drain_parity_ ^= 1;
+  }
+
+  __device__ void give_drain() {
+    fence_async_shared();
+    arrive_warp(barrier(offsetof(Shared, grad_q_full), half_));
+  }
+
+  /// To [query][32 columns] boxes in the copy engine's swizzled order, without bank conflicts: a
+  /// thread holds columns lane/4 and lane/4 + 8 of its warp's sixteen, queries as S's fragments.
+  __device__ void stage_drained(const float (&dq)[kDrainQueries / 2]) const {
+    const std::uint32_t place =
+        base_ + offsetof(Shared, grad_q) + half_ * sizeof(Shared::grad_q[0]) + drain_bytes_;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // column lane/4 + i / 2 * 8, query lane % 4 * 2 + i % 2
+      const std::uint32_t to = (place ^ (i / 2 * 32 + i % 2 * 16)) + i % 2 * 128;
+#pragma unroll
+      for (int j = i; j < kDrainQueries / 2; j += 4) {
+        store_shared(to + j / 4 * 8 * 128, dq[j] * drain_scale());
+      }
+    }
+  }
+
+  /// Of the first of this thread's elements: its chunk of four columns trades places by the query.
+  __device__ static std::uint32_t drain_bytes() {
+    const std::uint32_t lane = threadIdx.x % 32;
+    const std::uint32_t warp = threadIdx.x % 128 / 32;
+    const std::uint32_t query = lane % 4 * 2;
+    const std::uint32_t chunk = warp % 2 * 4 + lane / 16;
+    return warp / 2 * (kDrainQueries * 128) + query * 128 + (chunk ^ query) * 16 + lane / 4 % 4 * 4;
+  }
+
+  __device__ float drain_scale() const { return Tile::kScaledGradient ? 1.0F : params_.scale; }
+
+  /// Both warpgroups write the same zeros; each waits for its own.
+  __device__ void clear_foreign_queries() {
+    mbarrier_wait(&shared_.grad_o_full[at_.ring.index], at_.ring.parity);
+    const QueryNote note = broadcast(shared_.notes[at_.note]);
+    const int begin = note.slice_q_begin - note.q_begin;
+    const int end = note.slice_q_end - note.q_begin;
+    clear_foreign_rows<QkTile, Tile::kQueries, Tile::kQkBoxes>(shared_.q[at_.ring.index], begin,
+                                                               end);
+    clear_foreign_rows<VTile, Tile::kQueries, Tile::kVBoxes>(shared_.grad_o[at_.ring.index], begin,
+                                                             end);
+    fence_async_shared();
+    named_barrier_sync(kHalfBarrier + half_, 128);
+  }
+
+  /// Keys behind the block's last belong to others and may be NaN; their dS is 0. The other
+  /// warpgroup reads these rows only for dQ, after both have met.
+  __device__ void clear_foreign_keys() {
+    const KeyItem item = broadcast(shared_.items[at_.kv.index]);
+    const int keys = item.k_end - item.k_begin - half_ * 64;
+    if (keys >= 64) return;
+    constexpr int kChunks = QkTile::kColumns * 2 / 16;
+    for (int i = static_cast<int>(threadIdx.x % 128); i < Tile::kQkBoxes * 64 * kChunks; i += 128) {
+      const int row = i / kChunks % 64;
+      const int box = i / kChunks / 64;
+      if (row < keys) continue;
+      reinterpret_cast<uint4*>(shared_.k[at_.kv.index] + (box * Tile::kKeys + half_ * 64 + row) *
+                                                             QkTile::kColumns)[i % kChunks] =
+          make_uint4(0, 0, 0, 0);
+    }
+    fence_async_shared();
+    named_barrier_sync(kHalfBarrier + half_, 128);
+  }
+
+  __device__ void finish_item(const KeyGradient<Tile::kHeadDim>& dk,
+                              const KeyGradient<Tile::kValueDim>& dv) {
+    const KeyItem item = broadcast(shared_.items[at_.kv.index]);
+    arrive_warp(&shared_.kv_empty[at_.kv.index]);
+    at_.kv.advance();
+    take_drain();
+    finish(dv, params_.grad_v, &params_.grad_v_map, 1.0F, item);
+    finish(dk, params_.grad_k, &params_.grad_k_map, drain_scale(), item);
+    // The place of dQ goes back as if the draining warp had emptied it.
+    if (threadIdx.x % 128 == 0) {
+      bulk_wait_read<0>();
+      mbarrier_arrive(&shared_.grad_q_empty[half_]);
+    }
+  }
+
+  /// Adds 64 keys of dK or dV, 32 columns at a time through the place of dQ.
+  template <int kDim>
+  __device__ void finish(const KeyGradient<kDim>& d, const GradientRows& rows,
+                         const CUtensorMap* map, float scale, const KeyItem& item) {
+    if (rows.data == nullptr) return;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int key = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane / 4;
+#pragma unroll
+    for (int piece = 0; piece < kDim / 32; ++piece) {
+      float* staged = shared_.grad_q[half_][0] + piece % 2 * 64 * 32;
+      if (threadIdx.x % 128 == 0) bulk_wait_read<1>();
+      named_barrier_sync(kHalfBarrier + half_, 128);
+#pragma unroll
+      for (int i = 0; i < 16; i += 4) {
+        // Rows eight apart share their place in the pattern.
+        float* to = staged + key * 32 + (((i / 2 + lane % 4 / 2) ^ (key % 8)) * 4 + lane % 2 * 2);
+        const float* values = d.parts[0] + piece * 16 + i;
+        *reinterpret_cast<float2*>(to) = make_float2(values[0] * scale, values[1] * scale);
+        *reinterpret_cast<float2*>(to + 8 * 32) = make_float2(values[2] * scale, values[3] * scale);
+      }
+      fence_async_shared();
+      named_barrier_sync(kHalfBarrier + half_, 128);
+      if (threadIdx.x % 128 == 0) {
+        tma_reduce_add(map, staged, piece * 32, item.k_begin + half_ * 64, item.kv_head,
+                       item.batch);
+        bulk_commit();
+      }
+    }
+  }
+
+  const BackwardParams& params_;
+  SharedBackward<Tile>& shared_;
+  const int half_;
+  const std::uint32_t base_;    // of `shared`; what lies there is best addressed from it
+  std::uint32_t column_bytes_;  // of this thread's first query among fp32 statistics
+  std::uint32_t row_bytes_;     // of its first row in a box of dS
+  std::uint32_t drain_bytes_;   // of its first element in a box of dQ
+  std::uint32_t drain_parity_ = 0;
+  Place<Tile> at_;
+};
+
+}  // namespace annulus::kernels::sm90
