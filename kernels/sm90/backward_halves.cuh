@@ -102,7 +102,10 @@ class BackwardHalf {
     std::uint32_t ds[kCount / 2];
     const int stage = at_.ring.index;
     if constexpr (kMasked) {
-      if ((flags & kForeignRows) != 0) clear_foreign_queries();
+      if ((flags & kForeignRows) != 0) {
+        mbarrier_wait(&shared_.grad_o_full[stage], at_.ring.parity);
+        clear_foreign_queries(shared_, at_, kHalfBarrier + half_);
+      }
     }
     wgmma_fence();
     issue_scores<Tile, QkTile, Tile::kHeadDim>(
@@ -258,20 +261,6 @@ class BackwardHalf {
   }
 
   __device__ float drain_scale() const { return Tile::kScaledGradient ? 1.0F : params_.scale; }
-
-  /// Both warpgroups write the same zeros; each waits for its own.
-  __device__ void clear_foreign_queries() {
-    mbarrier_wait(&shared_.grad_o_full[at_.ring.index], at_.ring.parity);
-    const QueryNote note = broadcast(shared_.notes[at_.note]);
-    const int begin = note.slice_q_begin - note.q_begin;
-    const int end = note.slice_q_end - note.q_begin;
-    clear_foreign_rows<QkTile, Tile::kQueries, Tile::kQkBoxes>(shared_.q[at_.ring.index], begin,
-                                                               end);
-    clear_foreign_rows<VTile, Tile::kQueries, Tile::kVBoxes>(shared_.grad_o[at_.ring.index], begin,
-                                                             end);
-    fence_async_shared();
-    named_barrier_sync(kHalfBarrier + half_, 128);
-  }
 
   /// Keys behind the block's last belong to others and may be NaN; their dS is 0. The other
   /// warpgroup reads these rows only for dQ, after both have met.

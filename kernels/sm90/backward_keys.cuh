@@ -74,7 +74,7 @@ class BackwardKeys {
     // dP only now: beside S, dK and dV there are no registers for it.
     mbarrier_wait(&shared_.grad_o_full[stage], at_.ring.parity);
     if ((flags & kForeignRows) != 0) [[unlikely]]
-      clear_foreign();
+      clear_foreign_queries(shared_, at_, kOwnBarrier + warpgroup_);
     wgmma_fence();
     issue_scores<Tile, VTile, Tile::kValueDim>(dp, shared_.v[at_.kv.index], first_key_,
                                                shared_.grad_o[stage]);
@@ -106,19 +106,6 @@ class BackwardKeys {
     wgmma_fence();
     start_scores(s, last ? shared_.k[at_.kv.index] : shared_.q[at_.ring.index]);
     return next;
-  }
-
-  /// Both warpgroups write the same zeros; each waits for its own.
-  __device__ void clear_foreign() {
-    const QueryNote note = broadcast(shared_.notes[at_.note]);
-    const int begin = note.slice_q_begin - note.q_begin;
-    const int end = note.slice_q_end - note.q_begin;
-    clear_foreign_rows<QkTile, Tile::kQueries, Tile::kQkBoxes>(shared_.q[at_.ring.index], begin,
-                                                               end);
-    clear_foreign_rows<VTile, Tile::kQueries, Tile::kVBoxes>(shared_.grad_o[at_.ring.index], begin,
-                                                             end);
-    fence_async_shared();
-    named_barrier_sync(kOwnBarrier + warpgroup_, 128);
   }
 
   __device__ void finish_item(const KeyGradient<Tile::kHeadDim>& dk,

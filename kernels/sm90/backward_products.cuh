@@ -110,6 +110,22 @@ struct Place {
   }
 };
 
+/// Clears what a block of Q and dO holds beyond the slice. Both warpgroups write the same zeros;
+/// each waits for its own.
+template <typename Tile>
+__device__ inline void clear_foreign_queries(SharedBackward<Tile>& shared, const Place<Tile>& place,
+                                             int barrier) {
+  const QueryNote note = broadcast(shared.notes[place.note]);
+  const int begin = note.slice_q_begin - note.q_begin;
+  const int end = note.slice_q_end - note.q_begin;
+  clear_foreign_rows<typename Tile::QkTile, Tile::kQueries, Tile::kQkBoxes>(
+      shared.q[place.ring.index], begin, end);
+  clear_foreign_rows<typename Tile::VTile, Tile::kQueries, Tile::kVBoxes>(
+      shared.grad_o[place.ring.index], begin, end);
+  fence_async_shared();
+  named_barrier_sync(barrier, 128);
+}
+
 template <int kCount>
 __device__ inline void cap_scores(float (&s)[kCount], float score_scale) {
 #pragma unroll
