@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/cpu/amx.hpp"
+#include "kernels/cpu/bf16_dots.hpp"
 #include "kernels/cpu/row_block.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -15,6 +16,7 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/amx_products-inl.hpp"
 #include "kernels/cpu/decode_amx-inl.hpp"
+#include "kernels/cpu/decode_dots-inl.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
@@ -29,7 +31,8 @@ constexpr std::int64_t kTokenSteps = kTokens / kAmxDepth;
 constexpr std::int64_t kTileWords = 256;  // of a right operand
 
 /// Sᵀ = K·Qᵀ and O = P·V for many rows of one KV head: the absorbed form of latent attention, or a
-/// chunk of prefill. Lanes of scores are rows, so that softmax needs no sums over lanes.
+/// chunk of prefill, by the tile unit or else by dot products. Lanes of scores are rows, so that
+/// softmax needs no sums over lanes.
 class DecodeTiles {
  public:
   DecodeTiles(const DecodeProblem& problem, const DecodeBlock& block, std::int64_t kv_head,
@@ -40,7 +43,8 @@ class DecodeTiles {
         depth_(amx_depth(problem.head_dim())),
         columns_(amx_depth(problem.value_dim())),
         rows_(block.queries.size() * problem.group_size()),
-        lanes_(round_up(rows_, kAmxDepth)) {
+        lanes_(round_up(rows_, kAmxDepth)),
+        on_tiles_(uses_amx(problem.q.dtype)) {
     take(scratch);
     find_tokens();
     pack_queries();
@@ -62,9 +66,9 @@ class DecodeTiles {
       count_ = round_up(tile.size(), kAmxDepth);
       if (!gather(tile)) return false;
       ask_for({tile.end, std::min(tile.end + kTokens, tokens_.end)});
-      score();
+      on_tiles_ ? score() : score_by_dots();
       weigh(tile);
-      add();
+      on_tiles_ ? add() : add_by_dots();
     }
     write(partial);
     return true;
@@ -238,6 +242,20 @@ class DecodeTiles {
     }
   }
 
+  // The same: queries of 32 lanes stay in L1 while the keys pass by.
+  void score_by_dots() {
+    const std::int64_t key_bytes = 2 * depth_;
+    for (std::int64_t lane = 0; lane < lanes_; lane += kAmxDepth) {
+      const char* q = reinterpret_cast<const char*>(q_ + lane * depth_ / 2);
+      for (std::int64_t token = 0; token < count_; token += kDotRows) {
+        const char* keys = reinterpret_cast<const char*>(k_) + token * key_bytes;
+        multiply_by_dots<false>({keys, key_bytes, 64, q, q + kAmxColumns * key_bytes},
+                                depth_ / kAmxDepth, s_ + token * lanes_ + lane, lanes_,
+                                [this] { ask<3>(); });
+      }
+    }
+  }
+
   void weigh(Span tile) {
     const bool full = tile.size() == count_ && intersect(all_see_, tile) == tile;
     if (problem_.soft_cap > 0.0F) cap();
@@ -350,6 +368,19 @@ class DecodeTiles {
     }
   }
 
+  void add_by_dots() {
+    const std::int64_t column_bytes = kTokens / 2 * kAmxColumns * 4;
+    const std::int64_t lane_bytes = kTokenSteps * kAmxBytes;
+    for (std::int64_t d = 0; d < columns_; d += kAmxDepth) {
+      const char* v = reinterpret_cast<const char*>(v_) + d / kAmxColumns * column_bytes;
+      for (std::int64_t lane = 0; lane < lanes_; lane += kDotRows) {
+        const char* p = p_ + lane / kAmxRows * lane_bytes + lane % kAmxRows * 64;
+        multiply_by_dots<true>({p, 64, kAmxBytes, v, v + column_bytes}, count_ / kAmxDepth,
+                               o_ + lane * columns_ + d, columns_, [] {});
+      }
+    }
+  }
+
   void write(const AttentionState& partial) const {
     for (std::int64_t row = 0; row < rows_; ++row) {
       const std::int64_t query = row / problem_.group_size();
@@ -386,6 +417,7 @@ class DecodeTiles {
   std::int64_t columns_;  // of values
   std::int64_t rows_;     // row r is query r / group, and head r % group of the group
   std::int64_t lanes_;    // rows, up to a multiple of 32: the last one is repeated
+  bool on_tiles_;         // of the tile unit
   std::vector<Span> seen_;
   Span tokens_;
   Span all_see_;
@@ -412,7 +444,7 @@ std::int64_t tiles_scratch_on_target(const DecodeProblem& problem, std::int64_t 
 
 bool tiles_on_target(const DecodeProblem& problem, const DecodeBlock& block,
                      const AttentionState& partial, Scratch& scratch) {
-  const AmxScope amx(true);
+  const AmxScope amx(uses_amx(problem.q.dtype));
   for (std::int64_t kv_head = 0; kv_head < problem.kv_heads(); ++kv_head) {
     if (!scratch.reserve(DecodeTiles::scratch_floats(problem, block.queries.size()))) return false;
     if (!DecodeTiles(problem, block, kv_head, scratch).compute(partial)) return false;
@@ -431,9 +463,13 @@ bool tiles_on_target(const DecodeProblem&, const DecodeBlock&, const AttentionSt
 #endif  // ANNULUS_AMX
 
 bool tiles_fit_on_target(const DecodeProblem& problem, std::int64_t queries) {
-  // Below this many rows the products wait for memory, whoever computes them.
-  constexpr std::int64_t kLeastRows = 12;
-  return uses_amx(problem.q.dtype) && queries * problem.group_size() >= kLeastRows;
+  // With fewer rows the products wait for memory, whoever computes them, or lanes are left empty.
+  constexpr std::int64_t kLeastRowsOfTiles = 12;
+  constexpr std::int64_t kLeastRowsOfDots = 32;
+  const std::int64_t rows = queries * problem.group_size();
+  if (uses_amx(problem.q.dtype)) return rows >= kLeastRowsOfTiles;
+  return ANNULUS_AMX == 1 && problem.q.dtype == DType::bf16 && cpu::has_bf16_dots() &&
+         rows >= kLeastRowsOfDots;
 }
 
 }  // namespace
