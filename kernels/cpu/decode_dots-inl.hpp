@@ -19,6 +19,8 @@ namespace annulus::kernels::HWY_NAMESPACE {
 
 /// Rows of C at a time: sixteen sums of 16 columns hide the latency of two products a cycle.
 inline constexpr int kDotRows = 8;
+/// Pairs between two moments to ask for memory.
+inline constexpr int kPairsBetween = 4;
 
 /// sum + the products of pairs of a and b. By value: an operand in memory would stay there.
 HWY_INLINE __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
@@ -38,7 +40,7 @@ struct DotOperands {
 };
 
 /// C[8 rows, 32 columns] = A·B, or += where kAdd; rows of C are `stride` floats apart. `ask` is
-/// called once a step.
+/// called before every `kPairsBetween` pairs.
 template <bool kAdd, typename Ask>
 HWY_INLINE void multiply_by_dots(const DotOperands& operands, std::int64_t steps, float* c,
                                  std::int64_t stride, const Ask& ask) {
@@ -51,20 +53,22 @@ HWY_INLINE void multiply_by_dots(const DotOperands& operands, std::int64_t steps
   const std::int64_t row_bytes = operands.row_bytes;
   const std::int64_t fourth = 4 * row_bytes;
   for (std::int64_t step = 0; step < steps; ++step) {
-    ask();
     const char* a = operands.a + step * operands.step_bytes;
-    for (std::int64_t at = step * kAmxBytes; at < (step + 1) * kAmxBytes; at += 64, a += 4) {
-      const __m512i left = _mm512_load_si512(operands.left + at);
-      const __m512i right = _mm512_load_si512(operands.right + at);
+    for (std::int64_t at = step * kAmxBytes; at < (step + 1) * kAmxBytes;) {
+      ask();
+      for (const std::int64_t end = at + 64 * kPairsBetween; at < end; at += 64, a += 4) {
+        const __m512i left = _mm512_load_si512(operands.left + at);
+        const __m512i right = _mm512_load_si512(operands.right + at);
 #pragma GCC unroll 8
-      for (int r = 0; r < kDotRows; ++r) {
-        std::int32_t pair;
-        // Four rows to a base, so that few registers address all.
-        const char* base = r < 4 ? a : a + fourth;
-        std::memcpy(&pair, base + r % 4 * row_bytes, sizeof(pair));
-        const __m512i weight = _mm512_set1_epi32(pair);
-        sums[r][0] = add_pairs(sums[r][0], weight, left);
-        sums[r][1] = add_pairs(sums[r][1], weight, right);
+        for (int r = 0; r < kDotRows; ++r) {
+          std::int32_t pair;
+          // Four rows to a base, so that few registers address all.
+          const char* base = r < 4 ? a : a + fourth;
+          std::memcpy(&pair, base + r % 4 * row_bytes, sizeof(pair));
+          const __m512i weight = _mm512_set1_epi32(pair);
+          sums[r][0] = add_pairs(sums[r][0], weight, left);
+          sums[r][1] = add_pairs(sums[r][1], weight, right);
+        }
       }
     }
   }

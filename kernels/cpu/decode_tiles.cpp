@@ -65,7 +65,7 @@ class DecodeTiles {
       const Span tile{first, std::min(first + kTokens, tokens_.end)};
       count_ = round_up(tile.size(), kAmxDepth);
       if (!gather(tile)) return false;
-      ask_for({tile.end, std::min(tile.end + kTokens, tokens_.end)});
+      tile.end < tokens_.end ? ask_for(kv_head_, tile.end) : ask_for(kv_head_ + 1, tokens_.begin);
       on_tiles_ ? score() : score_by_dots();
       weigh(tile);
       on_tiles_ ? add() : add_by_dots();
@@ -125,11 +125,15 @@ class DecodeTiles {
   }
 
   const std::uint16_t* token_row(const ConstTensorView& view, std::int64_t token) const {
+    return token_row(view, token, kv_head_);
+  }
+  const std::uint16_t* token_row(const ConstTensorView& view, std::int64_t token,
+                                 std::int64_t kv_head) const {
     const auto* table = static_cast<const std::int32_t*>(problem_.page_table.data) +
                         block_.sequence * problem_.max_pages();
     return static_cast<const std::uint16_t*>(view.data) +
            table[token / problem_.page_size()] * view.strides[0] +
-           token % problem_.page_size() * view.strides[1] + kv_head_ * view.strides[2];
+           token % problem_.page_size() * view.strides[1] + kv_head * view.strides[2];
   }
 
   // Keys one after the other, and values as right operands [columns / 16, 128 pairs, 16 columns],
@@ -171,9 +175,11 @@ class DecodeTiles {
     return halves_finite(largest);
   }
 
-  // The next tile comes to L2 while this one is computed on.
-  void ask_for(Span tile) {
-    wanted_ = tile;
+  // The next tile, of the next head at last, comes to L2 while this one is computed on.
+  void ask_for(std::int64_t kv_head, std::int64_t token) {
+    wanted_head_ = kv_head;
+    wanted_ = {token, std::min(token + kTokens, tokens_.end)};
+    if (kv_head == problem_.kv_heads()) wanted_ = {};
     wanted_values_ = false;
     start_row();
   }
@@ -182,7 +188,7 @@ class DecodeTiles {
     const ConstTensorView& view = wanted_values_ ? problem_.v : problem_.k;
     wanted_bytes_ = wanted_.empty() ? 0 : 2 * view.shape[3];
     if (wanted_bytes_ > 0) {
-      wanted_row_ = reinterpret_cast<const char*>(token_row(view, wanted_.begin));
+      wanted_row_ = reinterpret_cast<const char*>(token_row(view, wanted_.begin, wanted_head_));
     }
   }
 
@@ -192,7 +198,17 @@ class DecodeTiles {
     for (int line = 0; line < kLines; ++line) __builtin_prefetch(wanted_row_ + 64 * line, 0, 2);
     wanted_row_ += 64 * kLines;
     wanted_bytes_ -= 64 * kLines;
-    if (wanted_bytes_ > 0) return;
+    if (wanted_bytes_ <= 0) end_row();
+  }
+
+  // Once of several times that make a step, in which so many lines are asked for: in bursts some
+  // would be dropped for want of a line buffer.
+  void ask_evenly(std::int64_t lines) {
+    constexpr std::int64_t kTimes = kAmxRows / kPairsBetween;
+    for (due_ += lines; due_ >= kTimes; due_ -= kTimes) ask<1>();
+  }
+
+  void end_row() {
     if (problem_.latent() || wanted_values_) ++wanted_.begin;
     wanted_values_ = !problem_.latent() && !wanted_values_;
     start_row();
@@ -245,13 +261,17 @@ class DecodeTiles {
   // The same: queries of 32 lanes stay in L1 while the keys pass by.
   void score_by_dots() {
     const std::int64_t key_bytes = 2 * depth_;
+    // The next tile's lines, spread over the steps of this one.
+    const std::int64_t row_bytes = key_bytes + (problem_.latent() ? 0 : 2 * columns_);
+    const std::int64_t steps = lanes_ / kAmxDepth * (depth_ / kAmxDepth);  // of eight tokens
+    const std::int64_t lines = (kDotRows * row_bytes / 64 + steps - 1) / steps;
     for (std::int64_t lane = 0; lane < lanes_; lane += kAmxDepth) {
       const char* q = reinterpret_cast<const char*>(q_ + lane * depth_ / 2);
       for (std::int64_t token = 0; token < count_; token += kDotRows) {
         const char* keys = reinterpret_cast<const char*>(k_) + token * key_bytes;
         multiply_by_dots<false>({keys, key_bytes, 64, q, q + kAmxColumns * key_bytes},
                                 depth_ / kAmxDepth, s_ + token * lanes_ + lane, lanes_,
-                                [this] { ask<3>(); });
+                                [this, lines] { ask_evenly(lines); });
       }
     }
   }
@@ -423,9 +443,11 @@ class DecodeTiles {
   Span all_see_;
   std::int64_t count_ = 0;  // of this tile's tokens, a multiple of 32
   Span wanted_;             // of the next tile's, to be asked for
+  std::int64_t wanted_head_ = 0;
   bool wanted_values_ = false;
   const char* wanted_row_ = nullptr;
   std::int64_t wanted_bytes_ = 0;
+  std::int64_t due_ = 0;
   std::uint32_t* q_ = nullptr;
   float* o_ = nullptr;
   std::uint16_t* k_ = nullptr;
@@ -465,7 +487,7 @@ bool tiles_on_target(const DecodeProblem&, const DecodeBlock&, const AttentionSt
 bool tiles_fit_on_target(const DecodeProblem& problem, std::int64_t queries) {
   // With fewer rows the products wait for memory, whoever computes them, or lanes are left empty.
   constexpr std::int64_t kLeastRowsOfTiles = 12;
-  constexpr std::int64_t kLeastRowsOfDots = 32;
+  constexpr std::int64_t kLeastRowsOfDots = 24;
   const std::int64_t rows = queries * problem.group_size();
   if (uses_amx(problem.q.dtype)) return rows >= kLeastRowsOfTiles;
   return ANNULUS_AMX == 1 && problem.q.dtype == DType::bf16 && cpu::has_bf16_dots() &&
