@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -16,7 +18,8 @@ namespace annulus::testing {
 
 /// A value that tells sender, receiver, message and position apart.
 inline int stamp(int from, int to, int message, int i) {
-  return ((from * 31 + to) * 1009 + message) * 7919 + i;
+  const std::int64_t wide = ((std::int64_t{from} * 31 + to) * 1009 + message) * 7919 + i;
+  return static_cast<int>(wide % std::numeric_limits<int>::max());
 }
 
 inline std::vector<int> message(int from, int to, int number, int length) {
