@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/amx.hpp"
 #include "kernels/cpu/bf16_dots.hpp"
+#include "kernels/cpu/page_rows.hpp"
 #include "kernels/cpu/row_block.hpp"
 
 #undef HWY_TARGET_INCLUDE
@@ -44,7 +45,9 @@ class DecodeTiles {
         columns_(amx_depth(problem.value_dim())),
         rows_(block.queries.size() * problem.group_size()),
         lanes_(round_up(rows_, kAmxDepth)),
-        on_tiles_(uses_amx(problem.q.dtype)) {
+        on_tiles_(uses_amx(problem.q.dtype)),
+        pages_(problem, block.sequence),
+        prefetch_(pages_) {
     take(scratch);
     find_tokens();
     pack_queries();
@@ -65,7 +68,7 @@ class DecodeTiles {
       const Span tile{first, std::min(first + kTokens, tokens_.end)};
       count_ = round_up(tile.size(), kAmxDepth);
       if (!gather(tile)) return false;
-      tile.end < tokens_.end ? ask_for(kv_head_, tile.end) : ask_for(kv_head_ + 1, tokens_.begin);
+      ask_for_next(tile);
       on_tiles_ ? score() : score_by_dots();
       weigh(tile);
       on_tiles_ ? add() : add_by_dots();
@@ -124,18 +127,6 @@ class DecodeTiles {
     }
   }
 
-  const std::uint16_t* token_row(const ConstTensorView& view, std::int64_t token) const {
-    return token_row(view, token, kv_head_);
-  }
-  const std::uint16_t* token_row(const ConstTensorView& view, std::int64_t token,
-                                 std::int64_t kv_head) const {
-    const auto* table = static_cast<const std::int32_t*>(problem_.page_table.data) +
-                        block_.sequence * problem_.max_pages();
-    return static_cast<const std::uint16_t*>(view.data) +
-           table[token / problem_.page_size()] * view.strides[0] +
-           token % problem_.page_size() * view.strides[1] + kv_head * view.strides[2];
-  }
-
   // Keys one after the other, and values as right operands [columns / 16, 128 pairs, 16 columns],
   // with zeros behind the last token. Of each 32 columns the lower halves of the four quarters come
   // first. False when some value is not finite.
@@ -150,8 +141,8 @@ class DecodeTiles {
       const std::uint16_t* v[2] = {};
       for (int of = 0; of < 2; ++of) {
         const std::int64_t at = has[of] ? token + of : tile.begin;
-        k[of] = token_row(problem_.k, at);
-        v[of] = latent ? k[of] : token_row(problem_.v, at);
+        k[of] = pages_.row(problem_.k, at, kv_head_);
+        v[of] = latent ? k[of] : pages_.row(problem_.v, at, kv_head_);
       }
       for (std::int64_t d = 0; d < depth_; d += kAmxDepth) {
         const __mmask32 columns = columns_left(problem_.head_dim() - d);
@@ -176,42 +167,12 @@ class DecodeTiles {
   }
 
   // The next tile, of the next head at last, comes to L2 while this one is computed on.
-  void ask_for(std::int64_t kv_head, std::int64_t token) {
-    wanted_head_ = kv_head;
-    wanted_ = {token, std::min(token + kTokens, tokens_.end)};
-    if (kv_head == problem_.kv_heads()) wanted_ = {};
-    wanted_values_ = false;
-    start_row();
-  }
-
-  void start_row() {
-    const ConstTensorView& view = wanted_values_ ? problem_.v : problem_.k;
-    wanted_bytes_ = wanted_.empty() ? 0 : 2 * view.shape[3];
-    if (wanted_bytes_ > 0) {
-      wanted_row_ = reinterpret_cast<const char*>(token_row(view, wanted_.begin, wanted_head_));
-    }
-  }
-
-  template <int kLines>
-  void ask() {
-    if (wanted_bytes_ <= 0) return;
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(wanted_row_ + 64 * line, 0, 2);
-    wanted_row_ += 64 * kLines;
-    wanted_bytes_ -= 64 * kLines;
-    if (wanted_bytes_ <= 0) end_row();
-  }
-
-  // Once of several times that make a step, in which so many lines are asked for: in bursts some
-  // would be dropped for want of a line buffer.
-  void ask_evenly(std::int64_t lines) {
-    constexpr std::int64_t kTimes = kAmxRows / kPairsBetween;
-    for (due_ += lines; due_ >= kTimes; due_ -= kTimes) ask<1>();
-  }
-
-  void end_row() {
-    if (problem_.latent() || wanted_values_) ++wanted_.begin;
-    wanted_values_ = !problem_.latent() && !wanted_values_;
-    start_row();
+  void ask_for_next(Span tile) {
+    const bool more = tile.end < tokens_.end;
+    const std::int64_t begin = more ? tile.end : tokens_.begin;
+    const std::int64_t kv_head = more ? kv_head_ : kv_head_ + 1;
+    const Span next{begin, std::min(begin + kTokens, tokens_.end)};
+    prefetch_.start(kv_head < problem_.kv_heads() ? next : Span{}, kv_head);
   }
 
   // Tiles of a right or left operand that come from L2 next.
@@ -235,7 +196,7 @@ class DecodeTiles {
         amx_zero<2>();
         amx_zero<3>();
         for (std::int64_t d = 0; d < depth_; d += kAmxDepth) {
-          ask<9>();
+          prefetch_.lines<9>();
           bring(q + 2 * kTileWords);
           bring(q + 2 * kTileWords + lane_words);
           amx_load<4>(keys, key_bytes);
@@ -269,9 +230,10 @@ class DecodeTiles {
       const char* q = reinterpret_cast<const char*>(q_ + lane * depth_ / 2);
       for (std::int64_t token = 0; token < count_; token += kDotRows) {
         const char* keys = reinterpret_cast<const char*>(k_) + token * key_bytes;
-        multiply_by_dots<false>({keys, key_bytes, 64, q, q + kAmxColumns * key_bytes},
-                                depth_ / kAmxDepth, s_ + token * lanes_ + lane, lanes_,
-                                [this, lines] { ask_evenly(lines); });
+        multiply_by_dots<false>(
+            {keys, key_bytes, 64, q, q + kAmxColumns * key_bytes}, depth_ / kAmxDepth,
+            s_ + token * lanes_ + lane, lanes_,
+            [this, lines] { prefetch_.share(lines, kAmxRows / kPairsBetween); });
       }
     }
   }
@@ -442,12 +404,8 @@ class DecodeTiles {
   Span tokens_;
   Span all_see_;
   std::int64_t count_ = 0;  // of this tile's tokens, a multiple of 32
-  Span wanted_;             // of the next tile's, to be asked for
-  std::int64_t wanted_head_ = 0;
-  bool wanted_values_ = false;
-  const char* wanted_row_ = nullptr;
-  std::int64_t wanted_bytes_ = 0;
-  std::int64_t due_ = 0;
+  PageRows pages_;
+  PagePrefetch prefetch_;
   std::uint32_t* q_ = nullptr;
   float* o_ = nullptr;
   std::uint16_t* k_ = nullptr;
