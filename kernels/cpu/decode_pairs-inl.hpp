@@ -362,18 +362,13 @@ class DecodePairs : DecodeQuads<RowsPairs> {
       s[i] = hn::Mul(scores_of(hn::Load(d, x), hn::Load(d, x + kLanes)), scale);
     }
     if (!whole || problem_.soft_cap > 0.0F) change(quad, tile, s);
-    const FloatVec before = hn::Load(d, quad.max);
-    FloatVec max = before;
+    FloatVec max = hn::Load(d, quad.max);
+    FloatVec largest = s[0];
     HWY_UNROLL(4)
-    for (int i = 0; i < kVectors; ++i) max = hn::Max(max, s[i]);
-    max = hn::Max(max, hn::ConcatLowerUpper(d, max, max));
-    max = hn::Max(max, hn::SwapAdjacentBlocks(max));
+    for (int i = 1; i < kVectors; ++i) largest = hn::Max(largest, s[i]);
+    if (!hn::AllFalse(d, hn::Gt(largest, max))) max = raise_max(quad, largest);
     const FloatVec log2e = hn::Set(d, kLog2E);
     const FloatVec base2 = base2_max(max);
-    if (!hn::AllTrue(d, hn::Eq(max, before))) {
-      raise(quad, exp2(d, hn::Sub(hn::Mul(before, log2e), base2)));
-      hn::Store(max, d, quad.max);
-    }
     FloatVec sum = hn::Load(d, quad.sum);
     HWY_UNROLL(4)
     for (int i = 0; i < kVectors; ++i) {
@@ -384,6 +379,18 @@ class DecodePairs : DecodeQuads<RowsPairs> {
       hn::Store(hn::UpperHalf(half, p), half, to + kLanes);
     }
     hn::Store(sum, d, quad.sum);
+  }
+
+  // The new maximum of each row, in all of its lanes.
+  HWY_NOINLINE FloatVec raise_max(Quad& quad, FloatVec largest) const {
+    const Floats d;
+    const FloatVec before = hn::Load(d, quad.max);
+    FloatVec max = hn::Max(before, largest);
+    max = hn::Max(max, hn::ConcatLowerUpper(d, max, max));
+    max = hn::Max(max, hn::SwapAdjacentBlocks(max));
+    raise(quad, exp2(d, hn::Sub(hn::Mul(before, hn::Set(d, kLog2E)), base2_max(max))));
+    hn::Store(max, d, quad.max);
+    return max;
   }
 
   // Soft cap and masks.
