@@ -15,7 +15,8 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   options.plan.layout = "zigzag";
   options.plan.rates = "cpu";
   CLI::App app("measures an attention over the ranks started", "annulus bench ring");
-  app.add_option("--op", options.plan.operation, "ring, all_gather, ulysses, hybrid or auto: by the rates measured");
+  app.add_option("--op", options.plan.operation,
+                 "ring, all_gather, ulysses, hybrid or auto: by the rates measured");
   app.add_option("--seq", options.plan.seq_q, "tokens")->check(CLI::PositiveNumber);
   app.add_option("--batch", options.plan.batch, "batch rows")->check(CLI::PositiveNumber);
   app.add_option("--heads", options.plan.heads, "query heads, or query:KV heads");
@@ -35,7 +36,8 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_option("--repeats", options.repeats, "the fastest counts")->check(CLI::PositiveNumber);
   app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")
       ->check(CLI::PositiveNumber);
-  app.add_flag("--memory", options.memory, "print the peak of memory beside the planned one only");
+  app.add_flag("--memory", options.memory,
+               "print the peak of memory in all repeats beside the planned one only");
   app.add_option("--trace", options.trace, "write what the last run of each pass did, as run does");
   app.add_option("--rates-out", options.rates_out, "write the measured rates for annulus plan");
   app.add_flag("--json", options.plan.json, "print for machines");
