@@ -1,7 +1,5 @@
 #pragma once
 
-#include <algorithm>
-
 #include "kernels/sm90/forward_params.hpp"
 
 #ifdef __CUDACC__
