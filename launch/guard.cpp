@@ -20,7 +20,7 @@ void guard_process() {
   on_signal_end(remove_pending_files);
   on_signal_end(remove_window_files);
   install_signal_handlers();
-  if (identity.size > 1) ignore_broken_pipes();
+  if (identity.size > 1) hold_at_broken_pipes();
   Watchdog::of_process().start(kTimeoutSeconds);
 }
 

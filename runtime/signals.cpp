@@ -26,6 +26,7 @@ std::atomic<int> agreed_status{-1};  // none yet
 std::atomic<std::int64_t> stalled_after_ns{std::numeric_limits<std::int64_t>::max()};
 
 constexpr std::int64_t kLongPauseNs = 2'000'000'000;
+constexpr std::int64_t kBrokenPipeHoldNs = 5'000'000'000;
 constexpr timespec kHold{.tv_sec = 2, .tv_nsec = 0};
 constexpr std::int64_t kRecentSteps = 16;
 constexpr std::int64_t kRecentNs = 5'000'000'000;
@@ -127,6 +128,18 @@ void hold_when_late(int) {
   errno = kept_errno;
 }
 
+void hold_at_broken_pipe(int) {
+  static std::atomic<std::int64_t> end{0};  // of the wait of all threads
+  const int kept_errno = errno;
+  std::int64_t none = 0;
+  end.compare_exchange_strong(none, now_ns() + kBrokenPipeHoldNs);
+  for (std::int64_t left = end - now_ns(); left > 0; left = end - now_ns()) {
+    const timespec time{left / 1'000'000'000, left % 1'000'000'000};
+    nanosleep(&time, nullptr);
+  }
+  errno = kept_errno;
+}
+
 void handle(int signal, void (*handler)(int), int flags, bool interruptible = false) {
   struct sigaction action {};
   action.sa_handler = handler;
@@ -159,7 +172,7 @@ void install_signal_handlers() {
   }
 }
 
-void ignore_broken_pipes() noexcept { handle(SIGPIPE, SIG_IGN, 0); }
+void hold_at_broken_pipes() noexcept { handle(SIGPIPE, hold_at_broken_pipe, SA_RESTART, true); }
 
 void on_signal_end(void (*action)() noexcept) {
   for (auto& place : actions) {

@@ -11,10 +11,11 @@ namespace annulus {
 /// that just broke.
 void install_signal_handlers();
 
-/// For a rank among others: writing to one that has gone is then an error that MPI sees, where
-/// SIGPIPE would end this rank without a word. A process on its own keeps the signal: `annulus plan
-/// | head`.
-void ignore_broken_pipes() noexcept;
+/// For a rank among others: who writes to one that has gone gets SIGPIPE, which would end this rank
+/// without a word, and were it ignored, MPI would at once. From the first one on such threads wait
+/// up to five seconds for the TERM that the launcher sends; then the write fails. A process on its
+/// own keeps the signal: `annulus plan | head`.
+void hold_at_broken_pipes() noexcept;
 
 /// Adds an async-signal-safe action, such as removing unfinished files; at most eight.
 void on_signal_end(void (*action)() noexcept);

@@ -78,5 +78,24 @@ TEST(Signals, AProcessThatIsHeldGoesOnWithNothingBeforeItIsToldToEnd) {
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 143) << status;
 }
 
+// A rank that writes to a dead one says where it was when the launcher tells it to end.
+TEST(Signals, AProcessAtABrokenPipeWaitsForTheEndOfTheJob) {
+  const pid_t child = fork();
+  if (child == 0) {
+    install_signal_handlers();
+    hold_at_broken_pipes();
+    int ends[2];
+    if (pipe(ends) != 0) _exit(2);
+    close(ends[0]);
+    static_cast<void>(!write(ends[1], "x", 1));
+    _exit(1);  // went on
+  }
+  std::this_thread::sleep_for(milliseconds(300));  // enough to go on, were it not held
+  kill(child, SIGTERM);
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 143) << status;
+}
+
 }  // namespace
 }  // namespace annulus
