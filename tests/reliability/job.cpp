@@ -104,6 +104,7 @@ Job::Job(const JobOptions& options) : options_(options), token_(random_token()) 
   std::map<std::string, std::string> environment = {
       {"ANNULUS_TEST_JOB", token_},
       {"OMPI_MCA_orte_tmpdir_base", memory_},
+      {"OMPI_MCA_orte_top_session_dir", memory_ + "/ompi"},
       {"OMPI_MCA_btl_vader_backing_directory", memory_},
       {"OMPI_MCA_osc_sm_backing_directory", memory_},
       {"OMPI_MCA_shmem_mmap_backing_file_base_dir", memory_},
