@@ -1,5 +1,6 @@
 #include "kernels/cuda/check.hpp"
 #include "kernels/cuda/element.cuh"
+#include "kernels/cuda/row_delta.hpp"
 #include "kernels/cuda_support.hpp"
 
 // What stands between the attention kernels of a ring: merging, finishing and the row sums of the
@@ -167,7 +168,7 @@ void finish(const AttentionState& state, TensorView o, TensorView log_sum_exp, S
 
 void delta(ConstTensorView o, ConstTensorView grad_o, TensorView delta, Stream stream) {
   const std::int64_t rows = rows_of(o);
-  if (rows == 0) return;
+  if (rows == 0 || row_delta(o, grad_o, delta, handle_of(stream))) return;
   delta_rows<<<row_blocks(rows), kThreads, 0, handle_of(stream)>>>(
       DeviceView::of(o), DeviceView::of(grad_o), DeviceView::of(delta), rows);
   ANNULUS_CHECK_CUDA(cudaGetLastError());
