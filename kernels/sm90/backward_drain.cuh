@@ -14,12 +14,15 @@ class BackwardDrain {
 
   __device__ void run() {
     std::uint32_t parity = 0;
-    for (int at = 0;; at = at + 1 == Tile::kNotes ? 0 : at + 1) {
+    for (Ring<Tile::kNotes> at;; at.advance()) {
+      if constexpr (Tile::kOrdered) {  // while dQ is still being multiplied
+        mbarrier_wait(&shared_.turn_full[at.index], at.parity);
+        await_turn(shared_.notes[at.index], shared_.turns[at.index]);
+      }
       mbarrier_wait(&shared_.grad_q_full[0], parity);
-      const QueryNote note = shared_.notes[at];
+      const QueryNote note = shared_.notes[at.index];
       if ((note.flags & kNoMoreItems) != 0) break;
       const bool wanted = params_.grad_q.data != nullptr;
-      if constexpr (Tile::kOrdered) await_turn(note, shared_.turns[at]);
       if (wanted) send(note, 0);
       mbarrier_wait(&shared_.grad_q_full[1], parity);
       if (wanted) send(note, 1);
@@ -27,15 +30,8 @@ class BackwardDrain {
       mbarrier_arrive(&shared_.grad_q_empty[0]);
       bulk_wait_read<0>();
       mbarrier_arrive(&shared_.grad_q_empty[1]);
-      if constexpr (Tile::kOrdered) {
-        // This block's additions are under way; those of the one before get done meanwhile.
-        pass_turn<2>();
-        passed_ = turn_at(note);
-        next_turn_ = turn_ + 1;
-      }
       parity ^= 1;
     }
-    if constexpr (Tile::kOrdered) pass_turn<0>();
     bulk_wait<0>();
   }
 
@@ -63,32 +59,27 @@ class BackwardDrain {
     return turn;
   }
 
-  /// Whoever may have to wait lets others go on first.
+  /// Passes on the turn of the block before, then waits for this one's.
   __device__ void await_turn(const QueryNote& note, std::uint32_t turn) {
-    const std::uint32_t* counter = turn_at(note);
-    turn_ = turn;
-    if (turn_of(counter) != turn) {
-      pass_turn<0>();
-      while (turn_of(counter) != turn) continue;
-    }
+    pass_turn();
+    if ((note.flags & kNoMoreItems) != 0) return;
+    passed_ = turn_at(note);
+    while (turn_of(passed_) != turn) continue;
+    next_turn_ = turn + 1;
     fence_async_global();
   }
 
-  /// Of the block before, with at most kPending younger groups on their way: only once its
-  /// additions are complete; that the copy engine has read their source is not enough.
-  template <int kPending>
+  /// Only once the block's additions are complete; that the copy engine has read their source is
+  /// not enough. To have seen the completion orders them before the store (PTX ISA, async proxy).
   __device__ void pass_turn() {
     if (passed_ == nullptr) return;
-    bulk_wait<kPending>();
-    fence_async_global();
+    bulk_wait<0>();
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(passed_), "r"(next_turn_) : "memory");
-    passed_ = nullptr;
   }
 
   const BackwardParams& params_;
   SharedBackward<Tile>& shared_;
-  std::uint32_t turn_ = 0;           // of the block at hand
-  std::uint32_t* passed_ = nullptr;  // counter of the block before, until it is set
+  std::uint32_t* passed_ = nullptr;  // counter of the last block whose turn came
   std::uint32_t next_turn_ = 0;
 };
 

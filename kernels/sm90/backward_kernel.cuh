@@ -36,6 +36,7 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
     mbarrier_init(&shared.p_full[i], 4);
     mbarrier_init(&shared.p_empty[i], 4);
   }
+  for (int i = 0; i < Tile::kNotes; ++i) mbarrier_init(&shared.turn_full[i], 1);
   for (int half = 0; half < 2; ++half) {
     mbarrier_init(&shared.grad_q_full[half], 4);
     mbarrier_init(&shared.grad_q_empty[half], 1);

@@ -16,6 +16,9 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
+constexpr std::int64_t kKeysTogether = 512;  // that go through the same queries at the same time
+constexpr std::int64_t kLongPass = 64;       // blocks of queries, beside which its end is short
+constexpr std::int64_t kTurnBlocks = 4;      // of queries pass while an addition and its turn do
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of queries in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -138,10 +141,22 @@ void set_scale(BackwardParams& params, const AttentionProblem& problem) {
   params.exp_scale = kLog2E * (capped ? problem.soft_cap : problem.scale);
 }
 
+/// How many units must be under way at a time so that turns come before they are waited for: a
+/// block of queries is added to once a unit's block of keys is done with kTurnBlocks more of them.
+std::int64_t units_for_turns(const ForwardWork& work, const BackwardVariant& variant,
+                             std::int64_t chunk, int processors) {
+  const std::int64_t blocks = blocks_of_queries(work, static_cast<std::int32_t>(variant.keys),
+                                                static_cast<std::int32_t>(variant.queries));
+  return processors * kTurnBlocks * work.rows() / std::max<std::int64_t>(blocks * chunk, 1);
+}
+
 /// A chunk of query heads shares one pass over a block of keys, which saves loads and additions of
-/// dK and dV; fewer than the group where there would be too little work for the device.
-void set_units(BackwardParams& params, const AttentionProblem& problem, const ForwardWork& work,
-               bool deterministic, int processors) {
+/// dK and dV; fewer than the group where the pass is long enough without, since passes of unequal
+/// length drift apart from head to head and no longer find each other's queries in L2, and where
+/// there would be too little work for the device.
+void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWork& work,
+               const BackwardVariant& variant, int processors) {
+  const AttentionProblem& problem = call.problem;
   const std::int64_t group = problem.groups.group_size > 0 ? problem.groups.group_size
                                                            : problem.q_heads() / problem.kv_heads();
   const std::int64_t offset = problem.groups.q_head_offset;
@@ -149,10 +164,14 @@ void set_units(BackwardParams& params, const AttentionProblem& problem, const Fo
   const std::int64_t kv_heads = (offset + problem.q_heads() - 1) / group - first + 1;
   std::int64_t chunk = group;
   const std::int64_t blocks = work.rows() * kv_heads * (work.per_batch ? 1 : problem.batch());
-  while (!deterministic && chunk > 1 &&
-         blocks * ((group + chunk - 1) / chunk) < std::int64_t{4} * processors) {
-    chunk = (chunk + 1) / 2;
-  }
+  const std::int64_t query_blocks = blocks_of_queries(work, static_cast<std::int32_t>(variant.keys),
+                                                      static_cast<std::int32_t>(variant.queries)) /
+                                    work.rows();
+  const auto halves = [&] {
+    return (chunk + 1) / 2 * query_blocks >= kLongPass ||
+           blocks * ((group + chunk - 1) / chunk) < std::int64_t{4} * processors;
+  };
+  while (!call.deterministic && chunk > 1 && halves()) chunk = (chunk + 1) / 2;
   params.group_size = narrow(group);
   params.q_head_offset = narrow(offset);
   params.first_kv_head = narrow(first);
@@ -166,33 +185,45 @@ void set_units(BackwardParams& params, const AttentionProblem& problem, const Fo
   params.entries = work.rows();
   const std::int64_t bytes = std::max<std::int64_t>(
       problem.seq_q() * chunk * (problem.head_dim() * 6 + problem.value_dim() * 2), 1);
+  // Blocks of keys of one unit that are under way together find Q, dO and dQ in L2. Fewer keys are
+  // too few for that, and many more add to dQ at a lower rate (both measured).
+  std::int64_t section =
+      std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} / kKeysTogether);
+  if (call.deterministic) {
+    section = std::max(section, units_for_turns(work, variant, chunk, processors));
+  }
   params.section_units =
-      static_cast<std::int32_t>(std::clamp<std::int64_t>(kSectionBytes / bytes, 1, params.units));
+      static_cast<std::int32_t>(std::clamp<std::int64_t>(section, 1, params.units));
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
+}
+
+ForwardWork plan(const BackwardCall& call, const BackwardVariant& variant) {
+  const AttentionProblem& problem = call.problem;
+  if (problem.batch() == 0 || problem.seq_q() == 0 || problem.seq_kv() == 0 ||
+      problem.q_heads() == 0) {
+    return {};
+  }
+  return plan_backward(
+      problem.mask, problem.batch(), static_cast<std::int32_t>(variant.keys),
+      call.deterministic ? BlockOrder::first_keys_first : BlockOrder::most_queries_first);
 }
 
 }  // namespace
 
 void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
-  if (problem.batch() == 0 || problem.seq_q() == 0 || problem.seq_kv() == 0 ||
-      problem.q_heads() == 0) {
-    return;
-  }
-  const ForwardWork work = plan_backward(
-      problem.mask, problem.batch(), static_cast<std::int32_t>(variant.keys),
-      call.deterministic ? BlockOrder::last_keys_first : BlockOrder::most_queries_first);
+  const ForwardWork work = plan(call, variant);
+  const int processors = multiprocessors();
+  BackwardParams params{};
+  if (!work.entries.empty()) set_units(params, call, work, variant, processors);
   if (work.entries.empty()) return;
   const auto stream = static_cast<cudaStream_t>(call.stream.handle);
-  const int processors = multiprocessors();
 
   const Gradients gradients{{call.grad_q, "grad_q", call.stream},
                             {call.grad_k, "grad_k", call.stream},
                             {call.grad_v, "grad_v", call.stream}};
-  BackwardParams params{};
   set_tensors(params, call, variant, gradients);
   set_scale(params, problem);
-  set_units(params, problem, work, call.deterministic, processors);
   const WorkTables tables = work_tables(work, stream);
   params.slice_table = tables.slices;
   params.entry_table = tables.entries;

@@ -9,8 +9,8 @@
 /// What one launch of the backward kernel gets, by value.
 namespace annulus::kernels::sm90 {
 
-/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to; dim is contiguous, and rows
-/// start at multiples of 16 bytes.
+/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to; dim is contiguous,
+/// and rows start at multiples of 16 bytes.
 struct GradientRows {
   float* data;  // null: not wanted
   RowStrides strides;
@@ -41,7 +41,7 @@ struct BackwardParams {
   std::int32_t turn_rows;
 
   // Work: ticket = (section, entry, unit in section), where a unit is one chunk of the query heads
-  // of one KV head of one batch row and a section holds as many units as L2 holds the queries of.
+  // of one KV head of one batch row and a section's units are worked on side by side.
   std::int32_t tickets, entries, units, section_units, batch_units;
   std::int32_t first_kv_head, chunks, chunk_heads;
   std::int32_t seq_q, q_heads, group_size, q_head_offset;

@@ -17,13 +17,17 @@ class BackwardProducer {
   __device__ void run() {
     KeyItem item = take_work();
     while (item.ticket < params_.tickets) {
+      // Whoever holds a ticket makes all later ones wait: in order, none is taken ahead.
+      if constexpr (!Tile::kOrdered) ask_for_work();
       load_keys(item);
       load_queries(item);
+      if constexpr (Tile::kOrdered) ask_for_work();
       item = take_work();
     }
     mbarrier_wait(&shared_.q_empty[ring_.index], ring_.parity ^ 1);
     if (lane_ == 0) {
       shared_.notes[note_].flags = kNoMoreItems;
+      if constexpr (Tile::kOrdered) mbarrier_arrive(&shared_.turn_full[note_]);
       mbarrier_arrive(&shared_.q_full[ring_.index]);
     }
   }
@@ -36,8 +40,11 @@ class BackwardProducer {
     work_parity_ ^= 1;
     const KeyItem item = shared_.work;
     __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.work_empty);
     return item;
+  }
+
+  __device__ void ask_for_work() {
+    if (lane_ == 0) mbarrier_arrive(&shared_.work_empty);
   }
 
   __device__ void load_keys(const KeyItem& item) {
@@ -64,13 +71,13 @@ class BackwardProducer {
     int remaining = item.blocks;
     int first = kFirstOfItem;
     for (int head = item.head_begin; head < item.head_end; ++head) {
-      for (int i = item.slice_begin; i < item.slice_end; ++i) {
-        const TileSlice s = params_.slice_table[i];
+      for (int slice = item.slice_begin; slice < item.slice_end; ++slice) {
+        const TileSlice s = params_.slice_table[slice];
         const int2 queries = queries_of(s, item.k_begin, item.k_end);
         if (queries.x > queries.y) continue;  // the first block may begin before both
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
-          if constexpr (Tile::kOrdered) turn_ = turn_of(item, i, q);
+          if constexpr (Tile::kOrdered) turn_ = turn_of(item, slice, q);
           load_block(item, s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
           first = 0;
         }
@@ -79,12 +86,11 @@ class BackwardProducer {
   }
 
   /// Additions to the same queries that come before. Tickets are taken in the order of entries,
-  /// from the last keys to the first, so that whoever waits for a turn waits for earlier tickets.
+  /// from the first keys to the last, so that whoever waits for a turn waits for earlier tickets.
   __device__ std::uint32_t turn_of(const KeyItem& item, int slice, int q) const {
-    const int end = params_.slice_table[item.slice_begin].next_batch;
     int earlier = 0;
-    for (int i = item.slice_begin + lane_; i < end; i += 32) {
-      earlier += turns_before(params_.slice_table[i], i, slice, item.slice_end, item.k_begin, q,
+    for (int i = params_.slice_table[slice].batch_begin + lane_; i < item.slice_end; i += 32) {
+      earlier += turns_before(params_.slice_table[i], i, item.slice_begin, slice, item.k_begin, q,
                               Tile::kQueries, Tile::kKeys);
     }
     return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
@@ -102,7 +108,10 @@ class BackwardProducer {
     mbarrier_wait(&shared_.q_empty[stage], ring_.parity ^ 1);
     if (lane_ == 0) {
       shared_.notes[note_] = QueryNote{flags, q, head, item.batch, s.lo, s.hi, s.q_begin, s.q_end};
-      if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
+      if constexpr (Tile::kOrdered) {
+        shared_.turns[note_] = turn_;
+        mbarrier_arrive(&shared_.turn_full[note_]);
+      }
       mbarrier_arrive_expect(&shared_.q_full[stage], sizeof(shared_.q[0]));
       for (int box = 0; box < Tile::kQkBoxes; ++box) {
         tma_load(&shared_.q[stage][box * Tile::kQueries * Tile::QkTile::kColumns], &params_.q,

@@ -35,6 +35,9 @@ class BackwardScheduler {
         mbarrier_arrive(&shared_.work_full);
       }
       if (last) return;
+      if constexpr (Tile::kOrdered) {
+        if (item.blocks > 0) mbarrier_wait(&shared_.work_empty, parity);
+      }
       const unsigned taken = atomicAdd(params_.ticket, 1U);
       // The launch takes `tickets` tickets in all, one of them failing for each block.
       if (taken == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;

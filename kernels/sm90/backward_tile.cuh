@@ -119,6 +119,7 @@ struct SharedBackward {
   std::uint64_t grad_s_full[kScores], grad_s_empty[kScores];
   std::uint64_t p_full[kScores], p_empty[kScores];
   std::uint64_t grad_q_full[2], grad_q_empty[2];  // by warpgroup
+  std::uint64_t turn_full[Tile::kNotes];          // in order: the note and its turn are there
 };
 
 }  // namespace annulus::kernels::sm90

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -60,17 +61,25 @@ class Planner {
       if (!covering.empty()) add_run(covering, bounds[i], bounds[i + 1], batch);
     }
     for (std::size_t i = first; i < work_.slices.size(); ++i) {
-      work_.slices[i].next_batch = static_cast<std::int32_t>(work_.slices.size());
+      work_.slices[i].batch_begin = static_cast<std::int32_t>(first);
     }
   }
 
   ForwardWork ordered(BlockOrder wanted) {
+    std::vector<std::int64_t> most(work_.slices.size());  // queries of a block, by its first slice
+    const auto most_of_run = [&](std::size_t i) -> std::int64_t& {
+      return most[static_cast<std::size_t>(work_.entries[i].slice_begin)];
+    };
     std::vector<std::size_t> order(work_.entries.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
+    for (const std::size_t i : order) most_of_run(i) = std::max(most_of_run(i), queries_[i]);
     std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-      return wanted == BlockOrder::most_queries_first
-                 ? queries_[a] > queries_[b]
-                 : work_.entries[a].q_begin > work_.entries[b].q_begin;
+      const TileEntry& left = work_.entries[a];
+      const TileEntry& right = work_.entries[b];
+      if (wanted == BlockOrder::first_keys_first) return left.q_begin < right.q_begin;
+      if (left.slice_begin == right.slice_begin) return queries_[a] > queries_[b];
+      return std::pair(most_of_run(a), right.slice_begin) >
+             std::pair(most_of_run(b), left.slice_begin);
     });
     std::vector<TileEntry> sorted;
     for (const std::size_t i : order) sorted.push_back(work_.entries[i]);
@@ -113,6 +122,19 @@ ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_
   ForwardWork work = planner.ordered(order);
   work.per_batch = per_batch;
   return work;
+}
+
+std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
+                               std::int32_t queries) {
+  std::int64_t blocks = 0;
+  for (const TileEntry& entry : work.entries) {
+    for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
+      const TileSlice& slice = work.slices[static_cast<std::size_t>(i)];
+      const std::int64_t k_end = std::min(entry.q_begin + block_keys, slice.k_end);
+      blocks += (queries_met(slice, entry.q_begin, k_end) + queries - 1) / queries;
+    }
+  }
+  return blocks;
 }
 
 }  // namespace annulus::kernels::sm90

@@ -5,8 +5,10 @@
 namespace annulus::kernels::sm90 {
 
 enum class BlockOrder : std::uint8_t {
-  most_queries_first,  // so that the last to finish are short
-  last_keys_first,     // under a causal mask the order in which blocks reach a query
+  /// So that the last to finish are short; but what shares its slices, as a document's blocks do,
+  /// stays together, because it reads the same queries.
+  most_queries_first,
+  first_keys_first,  // the order of deterministic additions
 };
 
 /// The blocks of keys of a backward launch in the order given: entries whose q_begin counts keys,
@@ -15,5 +17,9 @@ enum class BlockOrder : std::uint8_t {
 /// slice covers have no block. Pure host arithmetic.
 ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_t block_keys,
                           BlockOrder order);
+
+/// Blocks of `queries` queries that the blocks of keys meet, in all.
+std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
+                               std::int32_t queries);
 
 }  // namespace annulus::kernels::sm90

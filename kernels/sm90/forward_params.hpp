@@ -13,7 +13,7 @@ struct TileSlice {
   std::int32_t k_begin, k_end;
   std::int32_t lo, hi;
   std::int32_t segment;
-  std::int32_t next_batch;  // backward: the first slice of the next batch row in the table
+  std::int32_t batch_begin;  // backward: the first slice of the batch row in the table
 };
 
 /// One row of the work table: a tile of queries and the slices that may meet it.

@@ -61,7 +61,7 @@ TEST(BackwardWork, CoversEachPairOnce) {
                                     {{0, 0}, {0, keys}, {}}};
     const auto block = static_cast<std::int32_t>(random() % 2 == 0 ? 64 : 128);
     const BlockOrder order =
-        random() % 2 == 0 ? BlockOrder::most_queries_first : BlockOrder::last_keys_first;
+        random() % 2 == 0 ? BlockOrder::most_queries_first : BlockOrder::first_keys_first;
     expect_covered({slices, {}}, 2, block, order);
     const std::vector<std::int64_t> offsets{0, 1, 4};
     expect_covered({slices, offsets}, 2, block, order);
@@ -71,7 +71,7 @@ TEST(BackwardWork, CoversEachPairOnce) {
 /// Goes through the table as the kernel's tickets do and compares each turn with the additions so
 /// far.
 void expect_turns(const SliceList& mask, std::int32_t batch, int queries, int keys) {
-  const ForwardWork work = plan_backward(mask, batch, keys, BlockOrder::last_keys_first);
+  const ForwardWork work = plan_backward(mask, batch, keys, BlockOrder::first_keys_first);
   for (std::int32_t b = 0; b < batch; ++b) {
     std::map<int, int> added;  // by the first query of a block
     for (const TileEntry& entry : work.entries) {
@@ -84,8 +84,8 @@ void expect_turns(const SliceList& mask, std::int32_t batch, int queries, int ke
         if (first > last) continue;
         for (int q = first / queries * queries; q <= last; q += queries) {
           int turn = 0;
-          for (std::int32_t j = entry.slice_begin; j < s.next_batch; ++j) {
-            turn += turns_before(work.slices[static_cast<std::size_t>(j)], j, i, entry.slice_end,
+          for (std::int32_t j = s.batch_begin; j < entry.slice_end; ++j) {
+            turn += turns_before(work.slices[static_cast<std::size_t>(j)], j, entry.slice_begin, i,
                                  entry.q_begin, q, queries, keys);
           }
           ASSERT_EQ(turn, added[q])
@@ -125,13 +125,33 @@ TEST(BackwardWork, CountsTheTurnsOfDeterministicAdditions) {
   }
 }
 
+TEST(BackwardWork, KeepsTheBlocksOfADocumentTogether) {
+  const Band causal{-kUnbounded, 0};
+  const std::vector<Slice> documents{{{0, 256}, {0, 256}, causal},
+                                     {{256, 1000}, {256, 1000}, causal},
+                                     {{1000, 1300}, {1000, 1300}, causal}};
+  const ForwardWork work = plan_backward({documents, {}}, 1, 128, BlockOrder::most_queries_first);
+  std::vector<int> begins;
+  for (const TileEntry& entry : work.entries) begins.push_back(entry.q_begin);
+  EXPECT_EQ(begins, (std::vector<int>{256, 384, 512, 640, 768, 896, 1000, 1128, 1256, 0, 128}));
+}
+
 TEST(BackwardWork, OrdersAsAsked) {
+  const std::vector<Slice> later{{{0, 1000}, {0, 1000}, {0, kUnbounded}}};  // keys from q on
+  const ForwardWork longest = plan_backward({later, {}}, 1, 128, BlockOrder::most_queries_first);
+  EXPECT_EQ(longest.entries.front().q_begin, 896);
+  EXPECT_EQ(longest.entries.back().q_begin, 0);
+  const ForwardWork first = plan_backward({later, {}}, 1, 128, BlockOrder::first_keys_first);
+  EXPECT_EQ(first.entries.front().q_begin, 0);
+  EXPECT_EQ(first.entries.back().q_begin, 896);
+}
+
+TEST(BackwardWork, CountsBlocksOfQueries) {
   const std::vector<Slice> causal{{{0, 1000}, {0, 1000}, {-kUnbounded, 0}}};
-  const ForwardWork longest = plan_backward({causal, {}}, 1, 128, BlockOrder::most_queries_first);
-  EXPECT_EQ(longest.entries.front().q_begin, 0);
-  const ForwardWork last = plan_backward({causal, {}}, 1, 128, BlockOrder::last_keys_first);
-  EXPECT_EQ(last.entries.front().q_begin, 896);
-  EXPECT_EQ(last.entries.back().q_begin, 0);
+  std::int64_t blocks = 0;
+  for (std::int64_t k = 0; k < 1000; k += 128) blocks += (1000 - k + 79) / 80;
+  const ForwardWork work = plan_backward({causal, {}}, 1, 128, BlockOrder::first_keys_first);
+  EXPECT_EQ(blocks_of_queries(work, 128, 80), blocks);
 }
 
 TEST(BackwardWork, LeavesOutKeysWithoutQueries) {
