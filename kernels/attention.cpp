@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/attention_reference.hpp"
+#include "kernels/buffer.hpp"
 #include "kernels/cpu/attention_cpu.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
@@ -139,7 +140,12 @@ void attention_forward(const ForwardCall& call, std::string_view backend) {
 
 void attention_backward(const BackwardCall& call, std::string_view backend) {
   validate(call.problem);
-  select_backend(call.problem, Direction::backward, backend).backward(call);
+  const AttentionBackend& chosen = select_backend(call.problem, Direction::backward, backend);
+  if (call.overwrites_kv && !chosen.overwrites_kv) {
+    clear(call.grad_k, call.stream);
+    clear(call.grad_v, call.stream);
+  }
+  chosen.backward(call);
 }
 
 }  // namespace annulus

@@ -95,7 +95,8 @@ struct ForwardCall {
 };
 
 /// One backward call: recomputes P from the global LSE and adds to fp32 gradients, so that a ring
-/// accumulates over its steps. The caller clears them before the first call.
+/// accumulates over its steps. The caller clears them before the first call, dK and dV unless that
+/// call overwrites them.
 struct BackwardCall {
   AttentionProblem problem;
   ConstTensorView grad_o;       // [batch, seq_q, q_heads, value_dim]
@@ -110,6 +111,7 @@ struct BackwardCall {
   /// [batch, seq_q, q_heads, value_dim] in q's dtype: cudnn reads it, and without it derives from
   /// delta what stands for it. The others need delta alone.
   ConstTensorView o = {};
+  bool overwrites_kv = false;  // grad_k and grad_v are set, whatever they hold, not added to
 };
 
 enum class Direction : std::uint8_t { forward, backward };
@@ -121,6 +123,7 @@ struct AttentionBackend {
   std::string (*unsupported)(const AttentionProblem& problem, Direction direction);
   void (*forward)(const ForwardCall& call);
   void (*backward)(const BackwardCall& call);
+  bool overwrites_kv = false;  // on its own; else grad_k and grad_v are cleared before it
 };
 
 /// All backends in order of preference: sm90, cudnn, cuda's fallback, cpu, reference.

@@ -73,6 +73,19 @@ void fill_bytes(void* data, Device device, int value, std::int64_t bytes, Stream
   std::memset(data, value, static_cast<std::size_t>(bytes));
 }
 
+void clear(const TensorView& view, Stream stream) {
+  if (!view || view.shape.elements() == 0) return;
+  if (view.is_contiguous()) {
+    const std::int64_t bytes = view.shape.elements() * size_bytes(view.dtype);
+    return fill_bytes(view.data, view.device, 0, bytes, stream);
+  }
+  const Buffer zero(view.device, size_bytes(view.dtype), stream);
+  fill_bytes(zero.data(), view.device, 0, zero.bytes(), stream);
+  Shape nowhere = view.shape;
+  for (int dim = 0; dim < nowhere.rank(); ++dim) nowhere[dim] = 0;
+  copy({zero.data(), view.dtype, view.shape, nowhere, view.device}, view, stream);
+}
+
 void copy(ConstTensorView from, TensorView to, Stream stream) {
   require(from.shape == to.shape, ExitCode::bad_data, "copy: shapes {} and {} differ",
           from.shape.to_string(), to.shape.to_string());

@@ -32,6 +32,9 @@ class Buffer {
 /// Sets all bytes, in stream order on a device.
 void fill_bytes(void* data, Device device, int value, std::int64_t bytes, Stream stream = {});
 
+/// Sets every element to 0, in stream order on a device; any strides.
+void clear(const TensorView& view, Stream stream = {});
+
 /// Copies elements between views of equal shape, converting the dtype; any strides. Host to host,
 /// host to device and back, device to device. Throws bad_data when the shapes differ.
 void copy(ConstTensorView from, TensorView to, Stream stream = {});

@@ -437,6 +437,10 @@ void AttentionCall::backward(BackwardCall& call) {
   account(execution);
 }
 
+bool AttentionCall::is_one_backward() const {
+  return !idle() && !gradient_plan_ && !plan_ && problem().seq_q() > 0;
+}
+
 // Of the keys that all ranks hold, each has the gradients of its share, summed over all queries;
 // the others' it leaves as they are.
 void AttentionCall::backward_over_blocks(BackwardCall& call, const ExecuteOptions& options) {

@@ -53,6 +53,8 @@ class AttentionCall {
   AttentionProblem problem() const;
   void forward(const TensorView& o, const TensorView& log_sum_exp);
   void backward(BackwardCall& call);
+  /// Whether backward() is one call of a kernel, which may then overwrite the keys' gradients.
+  bool is_one_backward() const;
   /// P of every row, into `weights` [batch, q_heads, seq_q, seq_kv]. Keys must be whole.
   void weights(const TensorView& weights);
 

@@ -97,8 +97,12 @@ OperationGradients AttentionOperation::backward(const AttentionInputs& inputs,
   attention_delta(o.view, grad_o.view, delta.view());
 
   Tensor grad_q = cleared(call, problem.q.shape);
-  Tensor grad_k = cleared(call, problem.k.shape);
-  Tensor grad_v = cleared(call, problem.v.shape);
+  const bool overwrites = call.is_one_backward();
+  const auto of_keys = [&](const Shape& shape) {
+    return overwrites ? Tensor(DType::f32, shape, call.device()) : cleared(call, shape);
+  };
+  Tensor grad_k = of_keys(problem.k.shape);
+  Tensor grad_v = of_keys(problem.v.shape);
   Tensor grad_bias;
   if (problem.bias) grad_bias = cleared(call, problem.bias.shape);
   BackwardCall local;
@@ -111,6 +115,7 @@ OperationGradients AttentionOperation::backward(const AttentionInputs& inputs,
   local.grad_v = grad_v.view();
   local.grad_bias = grad_bias.view();
   local.deterministic = options.reproducible;
+  local.overwrites_kv = overwrites;
   call.backward(local);
 
   const GradientSum sum(call);

@@ -133,7 +133,7 @@ void backward(const BackwardCall& call) {
 }
 
 constexpr std::array<AttentionBackend, 1> kBackends{
-    AttentionBackend{"sm90", Device::cuda, unsupported, forward, backward}};
+    AttentionBackend{"sm90", Device::cuda, unsupported, forward, backward, true}};
 
 }  // namespace
 

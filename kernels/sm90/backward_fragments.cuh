@@ -165,15 +165,21 @@ __device__ inline void add_global(float* to, const float (&values)[4]) {
                : "memory");
 }
 
+__device__ inline void store_global(float* to, const float (&values)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+}
+
 /// This thread's row among the 64 of an accumulator once neighbours have traded: an even lane
 /// takes four columns of row lane/4, an odd one of row lane/4 + 8.
 __device__ inline int traded_row() {
   return static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + threadIdx.x % 2 * 8);
 }
 
-/// Adds scale times the accumulator to rows in global memory; `row` is traded_row's, column 0.
+/// Adds scale times the accumulator to rows in global memory, or sets them to it; `row` is
+/// traded_row's, column 0.
 template <int kCount>
-__device__ inline void add_rows(const float (&acc)[kCount], float scale, float* row, bool valid) {
+__device__ inline void add_rows(const float (&acc)[kCount], float scale, float* row, bool valid,
+                                bool overwrite = false) {
   const bool odd = (threadIdx.x & 1U) != 0;
   float* to = row + threadIdx.x % 4 / 2 * 4;
 #pragma unroll
@@ -186,7 +192,8 @@ __device__ inline void add_rows(const float (&acc)[kCount], float scale, float* 
     const float got1 = __shfl_xor_sync(0xffffffffU, send1, 1);
     const float values[4] = {scale * (odd ? got0 : keep0), scale * (odd ? got1 : keep1),
                              scale * (odd ? keep0 : got0), scale * (odd ? keep1 : got1)};
-    if (valid) add_global(to + i * 2, values);
+    if (!valid) continue;
+    overwrite ? store_global(to + i * 2, values) : add_global(to + i * 2, values);
   }
 }
 

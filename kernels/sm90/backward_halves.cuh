@@ -296,7 +296,8 @@ class BackwardHalf {
     }
   }
 
-  /// Adds 64 keys of dK or dV, 32 columns at a time through the place of dQ.
+  /// Adds or writes 64 keys of dK or dV, 32 columns at a time through the place of dQ. What is
+  /// written counts in whole boxes: none may reach into the next block.
   template <int kDim>
   __device__ void finish(const KeyGradient<kDim>& d, const GradientRows& rows,
                          const CUtensorMap* map, float scale, const KeyItem& item) {
@@ -319,8 +320,12 @@ class BackwardHalf {
       fence_async_shared();
       named_barrier_sync(kHalfBarrier + half_, 128);
       if (threadIdx.x % 128 == 0) {
-        tma_reduce_add(map, staged, piece * 32, item.k_begin + half_ * 64, item.kv_head,
-                       item.batch);
+        const int row = item.k_begin + half_ * 64;
+        if (!params_.overwrites_kv) {
+          tma_reduce_add(map, staged, piece * 32, row, item.kv_head, item.batch);
+        } else if (row < item.k_end) {
+          tma_store(map, staged, piece * 32, row, item.kv_head, item.batch);
+        }
         bulk_commit();
       }
     }

@@ -117,10 +117,11 @@ class BackwardKeys {
     const bool valid = key < item.k_end;
     if (params_.grad_k.data != nullptr) {
       add_rows(dk, params_.scale, gradient_row(params_.grad_k, item.batch, key, item.kv_head),
-               valid);
+               valid, params_.overwrites_kv);
     }
     if (params_.grad_v.data != nullptr) {
-      add_rows(dv, 1.0F, gradient_row(params_.grad_v, item.batch, key, item.kv_head), valid);
+      add_rows(dv, 1.0F, gradient_row(params_.grad_v, item.batch, key, item.kv_head), valid,
+               params_.overwrites_kv);
     }
   }
 

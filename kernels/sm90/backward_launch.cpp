@@ -197,6 +197,19 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
 }
 
+/// Whether each row of dK and dV belongs to just one block of keys and one pass over it, so that
+/// it need not be added to.
+bool writes_all_keys(const BackwardParams& params, const BackwardCall& call,
+                     const ForwardWork& work, const BackwardVariant& variant) {
+  const AttentionProblem& problem = call.problem;
+  const auto takes_boxes = [](const TensorView& view) { return !view || is_aligned(view); };
+  return params.chunks == 1 && params.batch_units == problem.kv_heads() &&
+         takes_boxes(call.grad_k) && takes_boxes(call.grad_v) &&
+         covers_all_keys(work, problem.batch(), problem.seq_kv(),
+                         static_cast<std::int32_t>(variant.keys),
+                         static_cast<std::int32_t>(variant.key_box));
+}
+
 ForwardWork plan(const BackwardCall& call, const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
   if (problem.batch() == 0 || problem.seq_q() == 0 || problem.seq_kv() == 0 ||
@@ -216,6 +229,11 @@ void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   const int processors = multiprocessors();
   BackwardParams params{};
   if (!work.entries.empty()) set_units(params, call, work, variant, processors);
+  params.overwrites_kv = call.overwrites_kv && writes_all_keys(params, call, work, variant);
+  if (call.overwrites_kv && !params.overwrites_kv) {
+    clear(call.grad_k, call.stream);
+    clear(call.grad_v, call.stream);
+  }
   if (work.entries.empty()) return;
   const auto stream = static_cast<cudaStream_t>(call.stream.handle);
 

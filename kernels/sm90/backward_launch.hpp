@@ -15,6 +15,7 @@ struct BackwardVariant {
   int qk_columns;  // columns of a box of Q or K in shared memory
   int v_columns;
   int grad_q_rows;  // of a box of dQ, whose columns are 32
+  int key_box;      // rows of dK and dV that are written at a time
   void (*launch)(const BackwardParams& params, int blocks, cudaStream_t stream);
 };
 

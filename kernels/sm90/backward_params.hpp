@@ -9,7 +9,7 @@
 /// What one launch of the backward kernel gets, by value.
 namespace annulus::kernels::sm90 {
 
-/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to; dim is contiguous,
+/// An fp32 gradient [batch, seq, heads, dim] that the kernel adds to, or writes; dim is contiguous,
 /// and rows start at multiples of 16 bytes.
 struct GradientRows {
   float* data;  // null: not wanted
@@ -29,6 +29,7 @@ struct BackwardParams {
   const float* delta;
   RowStrides lse_strides, delta_strides;
   GradientRows grad_q, grad_k, grad_v;
+  bool overwrites_kv;  // else added to, as dQ always is
 
   // An entry is a block of keys; its slices all cover it and end where it ends.
   const TileSlice* slice_table;

@@ -20,12 +20,13 @@ __device__ inline void pin_registers(KeyGradient<kDim>& d) {
   for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) pin_registers(d.parts[part]);
 }
 
-/// Adds scale times the gradient to this thread's row.
+/// Adds scale times the gradient to this thread's row, or sets the row to it.
 template <int kDim>
-__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid) {
+__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid,
+                                bool overwrite) {
 #pragma unroll
   for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
-    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid);
+    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid, overwrite);
   }
 }
 

@@ -7,17 +7,18 @@
 /// takes it, in the order of the fragments: both hold the same pairs.
 namespace annulus::kernels::sm90 {
 
-/// Adds the rows of a finished block of keys and gives K and V back.
+/// Adds or writes the rows of a finished block of keys and gives K and V back.
 template <typename Tile, int kDim>
 __device__ inline void finish_keys(SharedBackward<Tile>& shared, Place<Tile>& place,
                                    const GradientRows& rows, const KeyGradient<kDim>& gradient,
-                                   float scale) {
+                                   float scale, bool overwrite) {
   const KeyItem item = broadcast(shared.items[place.kv.index]);
   arrive_warp(&shared.kv_empty[place.kv.index]);
   place.kv.advance();
   if (rows.data == nullptr) return;
   const int key = item.k_begin + traded_row();
-  add_rows(gradient, scale, gradient_row(rows, item.batch, key, item.kv_head), key < item.k_end);
+  add_rows(gradient, scale, gradient_row(rows, item.batch, key, item.kv_head), key < item.k_end,
+           overwrite);
 }
 
 /// Clears what a block of Q or dO holds beyond the slice.
@@ -45,7 +46,8 @@ class BackwardValueRole {
       if (flags & kNoMoreItems) return;
       block(flags, dv);
       at_.advance();
-      if (flags & kLastOfItem) finish_keys(shared_, at_, params_.grad_v, dv, 1.0F);
+      if (flags & kLastOfItem)
+        finish_keys(shared_, at_, params_.grad_v, dv, 1.0F, params_.overwrites_kv);
     }
   }
 
@@ -116,7 +118,8 @@ class BackwardKeyRole {
       if (flags & kNoMoreItems) break;
       block(flags, dk);
       at_.advance();
-      if (flags & kLastOfItem) finish_keys(shared_, at_, params_.grad_k, dk, params_.scale);
+      if (flags & kLastOfItem)
+        finish_keys(shared_, at_, params_.grad_k, dk, params_.scale, params_.overwrites_kv);
     }
     mbarrier_wait(&shared_.grad_s_empty[at_.scores.index], at_.scores.parity ^ 1);
     arrive_warp(&shared_.grad_s_full[at_.scores.index]);

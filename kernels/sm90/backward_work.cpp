@@ -137,4 +137,16 @@ std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
   return blocks;
 }
 
+bool covers_all_keys(const ForwardWork& work, std::int64_t batch, std::int64_t seq_kv,
+                     std::int32_t block_keys, std::int32_t box) {
+  std::int64_t covered = 0;
+  for (const TileEntry& entry : work.entries) {
+    const std::int32_t run_end = work.slices[static_cast<std::size_t>(entry.slice_begin)].k_end;
+    const std::int32_t end = std::min(entry.q_begin + block_keys, run_end);
+    if ((end - entry.q_begin) % box != 0 && end != seq_kv) return false;
+    covered += end - entry.q_begin;
+  }
+  return covered == seq_kv * (work.per_batch ? batch : 1);
+}
+
 }  // namespace annulus::kernels::sm90

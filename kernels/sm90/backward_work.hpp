@@ -22,4 +22,9 @@ ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_
 std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
                                std::int32_t queries);
 
+/// Whether each of the `seq_kv` keys of each of `batch` rows lies in a block, and the blocks' ends,
+/// but for the last, at multiples of `box` keys from their beginnings.
+bool covers_all_keys(const ForwardWork& work, std::int64_t batch, std::int64_t seq_kv,
+                     std::int32_t block_keys, std::int32_t box);
+
 }  // namespace annulus::kernels::sm90

@@ -51,6 +51,16 @@ __device__ inline void tma_reduce_add(const CUtensorMap* map, const void* source
       : "memory");
 }
 
+/// Writes a box in shared memory to global memory; elements outside the tensor are left out.
+__device__ inline void tma_store(const CUtensorMap* map, const void* source, int column, int row,
+                                 int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(map),
+      "r"(shared_address(source)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /// Waits until at most kPending of this thread's groups still have to read shared memory.

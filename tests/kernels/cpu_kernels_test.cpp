@@ -266,6 +266,42 @@ HostTensor in_double(const HostTensor& tensor) {
   return copy;
 }
 
+// Gradients of keys that hold NaN before, inside padding: as if they had been cleared.
+TEST(CpuGradients, OverwriteThoseOfKeysWhereAsked) {
+  const Case c(DType::f32, Shape{2, 7, 4, 16}, Shape{2, 9, 2, 16}, causal(), 27);
+  std::mt19937_64 random(test_seed() + 28);
+  const HostTensor grad_o = normal(random, DType::f32, c.problem.q.shape);
+  HostTensor o = output(DType::f32, c.problem.q.shape);
+  HostTensor lse = output(DType::f32, c.statistic());
+  HostTensor delta = output(DType::f32, c.statistic());
+  attention_forward({c.problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}}, "cpu");
+  attention_delta(std::as_const(o).view(), grad_o.view(), delta.view());
+  for (const char* backend : {"cpu", "reference"}) {
+    std::vector<std::vector<double>> results;
+    for (const bool overwrites : {false, true}) {
+      HostTensor k = output(DType::f32, c.problem.k.shape);
+      HostTensor v = output(DType::f32, c.problem.v.shape);
+      const auto elements = static_cast<std::size_t>(c.problem.k.shape.elements());
+      const std::vector<double> before(elements, overwrites ? NAN : 0.0);
+      k.fill(before);
+      v.fill(before);
+      BackwardCall call;
+      call.problem = c.problem;
+      call.grad_o = grad_o.view();
+      call.log_sum_exp = std::as_const(lse).view();
+      call.delta = std::as_const(delta).view();
+      call.grad_k = k.view();
+      call.grad_v = v.view();
+      call.overwrites_kv = overwrites;
+      attention_backward(call, backend);
+      results.push_back(k.values());
+      results.push_back(v.values());
+    }
+    EXPECT_EQ(results[2], results[0]) << backend;
+    EXPECT_EQ(results[3], results[1]) << backend;
+  }
+}
+
 // The gradients of everything at once, against differences in double of the reference.
 TEST(CpuGradients, MatchFiniteDifferences) {
   Case c(DType::f32, Shape{1, 7, 4, 16}, Shape{1, 9, 2, 16}, causal(), 23);

@@ -47,9 +47,11 @@ DeviceGradient::DeviceGradient(const Shape& shape_, bool unaligned) : shape(shap
   clear();
 }
 
-void DeviceGradient::clear() const {
-  const std::vector<float> zeros(index(shape.elements()));
-  if (!zeros.empty()) copy(ConstTensorView(zeros.data(), DType::f32, shape), view);
+void DeviceGradient::clear() const { fill(0.0F); }
+
+void DeviceGradient::fill(float value) const {
+  const std::vector<float> values(index(shape.elements()), value);
+  if (!values.empty()) copy(ConstTensorView(values.data(), DType::f32, shape), view);
 }
 
 std::vector<float> DeviceGradient::fetched() const {
@@ -87,6 +89,7 @@ BackwardProblem::BackwardProblem(const BackwardCase& c_, std::vector<Slice> slic
       sinks_(index(c.q_heads)) {
   std::normal_distribution<float> normal;
   for (float& sink : sinks_) sink = normal(random);
+  clear();
 }
 
 AttentionProblem BackwardProblem::host_problem() const {
@@ -199,13 +202,14 @@ BackwardCall BackwardProblem::call() const {
   call.grad_k = grad_k.view;
   call.grad_v = grad_v.view;
   call.deterministic = c.deterministic;
+  call.overwrites_kv = c.overwrites_kv;
   return call;
 }
 
 void BackwardProblem::clear() const {
   grad_q.clear();
-  grad_k.clear();
-  grad_v.clear();
+  grad_k.fill(c.overwrites_kv ? NAN : 0.0F);
+  grad_v.fill(c.overwrites_kv ? NAN : 0.0F);
 }
 
 void BackwardProblem::run() const {
@@ -271,9 +275,9 @@ std::string BackwardProblem::failure() const {
 std::string BackwardProblem::words() const {
   return fmt::format(
       "batch {} q {}x{} kv {}x{} dim {}/{} {} cap {} sinks {} steps {} unaligned {} deterministic "
-      "{} slices {}",
+      "{} overwrites {} slices {}",
       c.batch, c.seq_q, c.q_heads, c.seq_kv, c.kv_heads, c.head_dim, c.value_dim, name(c.dtype),
-      c.soft_cap, c.sinks, c.steps, c.unaligned, c.deterministic, slices.size());
+      c.soft_cap, c.sinks, c.steps, c.unaligned, c.deterministic, c.overwrites_kv, slices.size());
 }
 
 }  // namespace annulus

@@ -18,6 +18,7 @@ struct BackwardCase {
   int steps = 1;           // calls over parts of the keys, as a ring makes them
   bool unaligned = false;  // gradients at addresses and strides that no copy engine takes
   bool deterministic = false;
+  bool overwrites_kv = false;  // dK and dV hold NaN before
 };
 
 struct Gradients {
@@ -32,6 +33,7 @@ struct DeviceGradient {
 
   DeviceGradient(const Shape& shape_, bool unaligned);
   void clear() const;
+  void fill(float value) const;
   std::vector<float> fetched() const;
   /// Whether the padding still holds what it was filled with.
   bool padding_untouched() const;
@@ -53,6 +55,7 @@ class BackwardProblem {
   std::string words() const;
 
   BackwardCall call() const;
+  /// The gradients as the first call wants them.
   void clear() const;
 
   BackwardCase c;

@@ -40,6 +40,7 @@ BackwardCase random_case(std::mt19937& random) {
   c.steps = c.seq_kv < 8 ? 1 : static_cast<int>(pick(random, {1, 1, 2, 4}));
   c.unaligned = random() % 6 == 0;
   c.deterministic = random() % 3 == 0;
+  c.overwrites_kv = random() % 2 == 0;
   return c;
 }
 
@@ -172,6 +173,32 @@ TEST_F(Sm90Backward, AddsWhereAskedOnly) {
   call.grad_k = {};
   attention_backward(call, "sm90");
   EXPECT_EQ(problem.grad_k.fetched(), before);
+}
+
+// dK and dV are written whole, keys that nothing sees and blocks that end inside a box included.
+TEST_F(Sm90Backward, OverwritesKeyGradients) {
+  const Band causal{-kUnbounded, 0};
+  const std::initializer_list<std::vector<Slice>> masks{
+      {{{0, 300}, {0, 300}, causal}},
+      {{{0, 192}, {0, 192}, causal}, {{192, 300}, {192, 300}, causal}},  // ends with half a block
+      {{{0, 100}, {0, 100}, causal}, {{100, 300}, {100, 300}, causal}},  // ends inside a box
+      {{{0, 300}, {0, 128}, {}}},                                        // keys without queries
+      {{{0, 300}, {0, 300}, {-kUnbounded, -200}}},
+      {}};
+  for (const auto& [head_dim, value_dim] : std::initializer_list<std::pair<int, int>>{
+           {64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}}) {
+    std::vector<std::unique_ptr<BackwardProblem>> problems;
+    for (const std::vector<Slice>& mask : masks) {
+      for (const std::int64_t q_heads : {2, 4}) {
+        BackwardCase c{2, 300, 300, q_heads, 2, head_dim, value_dim, DType::bf16};
+        c.overwrites_kv = true;
+        c.deterministic = q_heads == 4;  // one pass over the heads of a group
+        problems.push_back(std::make_unique<BackwardProblem>(c, mask, std::random_device{}()));
+      }
+    }
+    expect_right(problems);
+    if (HasFatalFailure()) return;
+  }
 }
 
 // A slice none of whose queries sees a block of keys, though a block of queries begins before both.

@@ -146,6 +146,35 @@ TEST(BackwardWork, OrdersAsAsked) {
   EXPECT_EQ(first.entries.back().q_begin, 896);
 }
 
+bool covers(const std::vector<Slice>& slices, std::int64_t seq_kv, std::int32_t box) {
+  const ForwardWork work = plan_backward({slices, {}}, 3, 128, BlockOrder::most_queries_first);
+  return covers_all_keys(work, 3, seq_kv, 128, box);
+}
+
+TEST(BackwardWork, KnowsWhetherBlocksCoverAllKeys) {
+  const Band causal{-kUnbounded, 0};
+  EXPECT_TRUE(covers({{{0, 300}, {0, 300}, causal}}, 300, 64));
+  EXPECT_FALSE(covers({{{0, 300}, {0, 300}, causal}}, 301, 64));
+  EXPECT_FALSE(covers({{{0, 300}, {1, 300}, causal}}, 300, 64));
+  EXPECT_FALSE(covers({{{0, 300}, {0, 300}, {-kUnbounded, -200}}}, 300, 64));
+  EXPECT_FALSE(covers({{{0, 100}, {0, 128}, {}}, {{100, 300}, {192, 300}, {}}}, 300, 64));
+  EXPECT_TRUE(covers({{{0, 192}, {0, 192}, causal}, {{192, 300}, {192, 300}, causal}}, 300, 64));
+  EXPECT_FALSE(covers({{{0, 100}, {0, 100}, causal}, {{100, 300}, {100, 300}, causal}}, 300, 64));
+  EXPECT_TRUE(covers({{{0, 100}, {0, 100}, causal}, {{100, 300}, {100, 300}, causal}}, 300, 1));
+}
+
+TEST(BackwardWork, CoversTheKeysOfEachBatchRow) {
+  const std::vector<Slice> slices{{{0, 100}, {0, 300}, {}}, {{0, 100}, {0, 200}, {}}};
+  const std::vector<std::int64_t> offsets{0, 1, 2};
+  const SliceList mask{slices, offsets};
+  const ForwardWork work = plan_backward(mask, 2, 128, BlockOrder::most_queries_first);
+  EXPECT_FALSE(covers_all_keys(work, 2, 300, 128, 1));
+  EXPECT_FALSE(covers_all_keys(work, 2, 200, 128, 1));
+  const std::vector<std::int64_t> twice{0, 1, 1};
+  EXPECT_FALSE(covers_all_keys(plan_backward({slices, twice}, 2, 128, BlockOrder::first_keys_first),
+                               2, 300, 128, 1));
+}
+
 TEST(BackwardWork, CountsBlocksOfQueries) {
   const std::vector<Slice> causal{{{0, 1000}, {0, 1000}, {-kUnbounded, 0}}};
   std::int64_t blocks = 0;

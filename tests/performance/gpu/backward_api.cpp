@@ -6,7 +6,8 @@
 #include "kernels/error.hpp"
 
 // The backward kernel behind a C function, so that a Python script can time it beside its peers in
-// one process. Contiguous [batch, seq, heads, dim] tensors; fp32 gradients are added to.
+// one process. Contiguous [batch, seq, heads, dim] tensors; fp32 gradients are added to, those of
+// keys and values overwritten where asked.
 extern "C" {
 
 struct AnnulusBackward {
@@ -18,6 +19,7 @@ struct AnnulusBackward {
   std::int64_t slice_count;
   std::int64_t f16;
   std::int64_t deterministic;
+  std::int64_t overwrites_kv;
   double scale;
   void* stream;
 };
@@ -52,6 +54,7 @@ annulus::BackwardCall call_of(const AnnulusBackward& args, std::span<const annul
   call.grad_k = {args.grad_k, DType::f32, k_shape, Device::cuda};
   call.grad_v = {args.grad_v, DType::f32, v_shape, Device::cuda};
   call.deterministic = args.deterministic != 0;
+  call.overwrites_kv = args.overwrites_kv != 0;
   call.stream.handle = args.stream;
   return call;
 }

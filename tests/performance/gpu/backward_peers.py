@@ -5,7 +5,8 @@
 
 LIBRARY is libannulus_gpu_api.so of the build. Ceiling: a bf16 product of 8192^3 (cuBLAS). Peers:
 cuDNN's backward through PyTorch, and FlashAttention-4 (package flash-attn-4) where it is installed.
-"ours" is the kernel with delta before it, which adds to fp32 gradients; "cleared" clears them too.
+"ours" is the kernel with delta before it, which adds to fp32 gradients; "fresh" clears dQ first and
+overwrites dK and dV, which makes all that the peers make.
 All contenders of a row take turns as in forward_peers.py, which has what the scripts share; a row
 gives medians.
 """
@@ -35,24 +36,26 @@ class Backward(ctypes.Structure):
                 [(name, INT) for name in ("batch", "seq_q", "seq_kv", "q_heads", "kv_heads",
                                           "head_dim", "value_dim")] +
                 [("slices", POINTER), ("slice_count", INT), ("f16", INT), ("deterministic", INT),
-                 ("scale", REAL), ("stream", POINTER)])
+                 ("overwrites_kv", INT), ("scale", REAL), ("stream", POINTER)])
 
 
-def gradients(library, q, k, v, o, lse, grad_o, causal, deterministic=False):
-    """A function that launches once, and the fp32 gradients that it adds to."""
+def gradients(library, q, k, v, o, lse, grad_o, causal, deterministic=False, fresh=False):
+    """A function that launches once."""
     seq_q, seq_kv = q.shape[1], k.shape[1]
     slices = (INT * 6)(0, seq_q, 0, seq_kv, -FAR, seq_kv - seq_q if causal else FAR)
     delta = torch.empty_like(lse)
     grads = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
     args = Backward(*[address(x) for x in (q, k, v, o, grad_o, lse, delta, *grads)], q.shape[0],
                     seq_q, seq_kv, q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-                    ctypes.addressof(slices), 1, 0, int(deterministic), q.shape[3] ** -0.5,
+                    ctypes.addressof(slices), 1, 0, int(deterministic), int(fresh), q.shape[3] ** -0.5,
                     torch.cuda.current_stream().cuda_stream)
 
     def launch(args=args, keep=(q, k, v, o, lse, grad_o, slices, delta, grads)):
+        if fresh:
+            grads[0].zero_()
         if library.annulus_backward(ctypes.byref(args)) != 0:
             sys.exit("the kernel refused")
-    return launch, grads
+    return launch
 
 
 def cudnn_backward(q, k, v, grad_o, causal):
@@ -81,13 +84,9 @@ class Bench(forward_peers.Bench):
         if self.only not in name:
             return
         q, k, v, o, lse, grad_o = self.forward(dim, seq, causal, tokens)
-        ours, grads = gradients(self.library, q, k, v, o, lse, grad_o, causal)
-
-        def cleared():
-            for grad in grads:
-                grad.zero_()
-            ours()
-        contenders = dict(gemm=self.gemm, ours=ours, cleared=cleared,
+        tensors = (self.library, q, k, v, o, lse, grad_o, causal)
+        contenders = dict(gemm=self.gemm, ours=gradients(*tensors),
+                          fresh=gradients(*tensors, fresh=True),
                           cudnn=cudnn_backward(q, k, v, grad_o, causal))
         if _flash_attn_bwd and dim in (64, 128, 256):
             fa_o, fa_lse = _flash_attn_fwd(q, k, v, causal=causal, return_lse=True)[:2]
@@ -101,8 +100,8 @@ class Bench(forward_peers.Bench):
         if self.only not in name:
             return
         q, k, v, o, lse, grad_o = self.forward(dim, seq, True, tokens)
-        free, _ = gradients(self.library, q, k, v, o, lse, grad_o, True)
-        ordered, _ = gradients(self.library, q, k, v, o, lse, grad_o, True, True)
+        free = gradients(self.library, q, k, v, o, lse, grad_o, True)
+        ordered = gradients(self.library, q, k, v, o, lse, grad_o, True, True)
         self.compare(name, dict(gemm=self.gemm, free=free, ours=ordered),
                     5 * q.shape[0] * q.shape[2] * seq * seq * dim)
 
