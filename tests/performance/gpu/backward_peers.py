@@ -47,8 +47,8 @@ def gradients(library, q, k, v, o, lse, grad_o, causal, deterministic=False, fre
     grads = [torch.zeros(x.shape, device="cuda") for x in (q, k, v)]
     args = Backward(*[address(x) for x in (q, k, v, o, grad_o, lse, delta, *grads)], q.shape[0],
                     seq_q, seq_kv, q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-                    ctypes.addressof(slices), 1, 0, int(deterministic), int(fresh), q.shape[3] ** -0.5,
-                    torch.cuda.current_stream().cuda_stream)
+                    ctypes.addressof(slices), 1, 0, int(deterministic), int(fresh),
+                    q.shape[3] ** -0.5, torch.cuda.current_stream().cuda_stream)
 
     def launch(args=args, keep=(q, k, v, o, lse, grad_o, slices, delta, grads)):
         if fresh:
