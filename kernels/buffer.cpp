@@ -81,9 +81,9 @@ void clear(const TensorView& view, Stream stream) {
   }
   const Buffer zero(view.device, size_bytes(view.dtype), stream);
   fill_bytes(zero.data(), view.device, 0, zero.bytes(), stream);
-  Shape nowhere = view.shape;
-  for (int dim = 0; dim < nowhere.rank(); ++dim) nowhere[dim] = 0;
-  copy({zero.data(), view.dtype, view.shape, nowhere, view.device}, view, stream);
+  Shape strides = view.shape;
+  for (int dim = 0; dim < strides.rank(); ++dim) strides[dim] = 0;
+  copy({zero.data(), view.dtype, view.shape, strides, view.device}, view, stream);
 }
 
 void copy(ConstTensorView from, TensorView to, Stream stream) {

@@ -44,7 +44,7 @@ OperationOutput run_forward(const AttentionOperation& operation, const Attention
 
 Tensor cleared(const AttentionCall& call, const Shape& shape) {
   Tensor tensor(DType::f32, shape, call.device());
-  fill_bytes(tensor.view().data, call.device(), 0, shape.elements() * size_bytes(DType::f32));
+  clear(tensor.view());
   return tensor;
 }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <utility>
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -78,8 +77,8 @@ class Planner {
       const TileEntry& right = work_.entries[b];
       if (wanted == BlockOrder::first_keys_first) return left.q_begin < right.q_begin;
       if (left.slice_begin == right.slice_begin) return queries_[a] > queries_[b];
-      return std::pair(most_of_run(a), right.slice_begin) >
-             std::pair(most_of_run(b), left.slice_begin);
+      if (most_of_run(a) != most_of_run(b)) return most_of_run(a) > most_of_run(b);
+      return left.slice_begin < right.slice_begin;
     });
     std::vector<TileEntry> sorted;
     for (const std::size_t i : order) sorted.push_back(work_.entries[i]);
