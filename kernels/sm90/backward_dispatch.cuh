@@ -24,7 +24,7 @@ BackwardVariant backward_variant() {
           Tile::QkTile::kColumns,
           Tile::VTile::kColumns,
           Tile::kDrainRows,
-          Tile::kHalves ? 64 : 1,
+          Tile::kDrained ? 64 : 1,
           [](const BackwardParams& params, int blocks, cudaStream_t stream) {
             params.turns == nullptr
                 ? launch_backward_kernel<Tile, kSoftCap>(params, blocks, stream)

@@ -13,36 +13,37 @@ class BackwardDrain {
       : params_(params), shared_(shared) {}
 
   __device__ void run() {
-    std::uint32_t parity = 0;
+    Ring<Tile::kTurns ? Tile::kGroups : 1> turn;
     for (Ring<Tile::kNotes> at;; at.advance()) {
       if constexpr (Tile::kOrdered) {  // while dQ is still being multiplied
-        mbarrier_wait(&shared_.turn_full[at.index], at.parity);
+        mbarrier_wait(&shared_.note_full[at.index], at.parity);
         await_turn(shared_.notes[at.index], shared_.turns[at.index]);
       }
-      mbarrier_wait(&shared_.grad_q_full[0], parity);
+      mbarrier_wait(&shared_.grad_q_full[turn.index], turn.parity);
       const QueryNote note = shared_.notes[at.index];
       if ((note.flags & kNoMoreItems) != 0) break;
       const bool wanted = params_.grad_q.data != nullptr;
-      if (wanted) send(note, 0);
-      mbarrier_wait(&shared_.grad_q_full[1], parity);
-      if (wanted) send(note, 1);
-      bulk_wait_read<1>();
-      mbarrier_arrive(&shared_.grad_q_empty[0]);
+      if (wanted) send(note, turn.index, 0);
+      if constexpr (!Tile::kTurns) {
+        mbarrier_wait(&shared_.grad_q_full[1], turn.parity);
+        if (wanted) send(note, 1, 64);
+        bulk_wait_read<1>();
+        mbarrier_arrive(&shared_.grad_q_empty[0]);
+      }
       bulk_wait_read<0>();
-      mbarrier_arrive(&shared_.grad_q_empty[1]);
-      parity ^= 1;
+      mbarrier_arrive(&shared_.grad_q_empty[Tile::kTurns ? turn.index : 1]);
+      turn.advance();
     }
     bulk_wait<0>();
   }
 
  private:
-  /// A warpgroup's half, as one group. Rows outside the slice hold zeros.
-  __device__ void send(const QueryNote& note, int half) {
-    const int column = Tile::kColumnHalves ? half * 64 : 0;
-    const int row = note.q_begin + (Tile::kColumnHalves ? 0 : half * Tile::kDrainRows);
+  /// What a warpgroup has staged, 64 columns from `column`, as one group of the copy engine. Rows
+  /// outside the slice hold zeros.
+  __device__ void send(const QueryNote& note, int group, int column) {
     for (int piece = 0; piece < 2; ++piece) {
-      tma_reduce_add(&params_.grad_q_map, shared_.grad_q[half][piece], column + piece * 32, row,
-                     note.head, note.batch);
+      tma_reduce_add(&params_.grad_q_map, shared_.grad_q[group][piece], column + piece * 32,
+                     note.q_begin, note.head, note.batch);
     }
     bulk_commit();
   }

@@ -1,16 +1,17 @@
 #pragma once
 
 #include "kernels/sm90/backward_drain.cuh"
-#include "kernels/sm90/backward_halves.cuh"
+#include "kernels/sm90/backward_groups.cuh"
 #include "kernels/sm90/backward_keys.cuh"
 #include "kernels/sm90/backward_producer.cuh"
 #include "kernels/sm90/backward_queries.cuh"
 #include "kernels/sm90/backward_roles.cuh"
+#include "kernels/sm90/backward_rows.cuh"
 
 /// Backward attention for Hopper: one persistent block a multiprocessor. It keeps dK and dV of a
-/// block of keys in registers while the queries that meet it pass by. Three warpgroups feed the
-/// tensor cores without a common step: two on S, dP, dV and dK, and one on dQ alone, so that the
-/// exponentials of one pass under the products of the others.
+/// block of keys in registers while the queries that meet it pass by. Two or three warpgroups feed
+/// the tensor cores, as Division says, so that the exponentials of one pass under the products of
+/// the others.
 namespace annulus::kernels::sm90 {
 
 template <typename Tile>
@@ -21,25 +22,25 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
   for (int i = 0; i < Tile::kKvBuffers; ++i) {
     mbarrier_init(&shared.k_full[i], 1);
     mbarrier_init(&shared.v_full[i], 1);
-    mbarrier_init(&shared.kv_empty[i], Tile::kHalves ? 8 : 12);
+    mbarrier_init(&shared.kv_empty[i], 4 * (Tile::kWarpgroups - 1));
   }
   for (int i = 0; i < Tile::kStages; ++i) {
     mbarrier_init(&shared.q_full[i], 1);
-    mbarrier_init(&shared.q_empty[i], 8);
+    mbarrier_init(&shared.q_empty[i], 4 * Tile::kGroups);
     mbarrier_init(&shared.grad_o_full[i], 1);
-    mbarrier_init(&shared.grad_o_empty[i], 8);
+    mbarrier_init(&shared.grad_o_empty[i], 4 * Tile::kGroups);
     mbarrier_init(&shared.rows_full[i], 1);
   }
   for (int i = 0; i < Tile::kScoreStages; ++i) {
-    mbarrier_init(&shared.grad_s_full[i], kRoles ? 4 : 8);
+    mbarrier_init(&shared.grad_s_full[i], kRoles ? 4 : 4 * Tile::kGroups);
     mbarrier_init(&shared.grad_s_empty[i], 4);
     mbarrier_init(&shared.p_full[i], 4);
     mbarrier_init(&shared.p_empty[i], 4);
   }
-  for (int i = 0; i < Tile::kNotes; ++i) mbarrier_init(&shared.turn_full[i], 1);
-  for (int half = 0; half < 2; ++half) {
-    mbarrier_init(&shared.grad_q_full[half], 4);
-    mbarrier_init(&shared.grad_q_empty[half], 1);
+  for (int i = 0; i < Tile::kNotes; ++i) mbarrier_init(&shared.note_full[i], 1);
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    mbarrier_init(&shared.grad_q_full[group], 4);
+    mbarrier_init(&shared.grad_q_empty[group], 1);
   }
   fence_barrier_init();
 }
@@ -62,18 +63,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     shrink_registers<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) BackwardProducer<Tile>(params, shared).run();
     if (threadIdx.x == 32) BackwardScheduler<Tile>(params, shared).run();
-    if constexpr (Tile::kHalves) {
+    if constexpr (Tile::kDrained) {
       if (threadIdx.x == 64) BackwardDrain<Tile>(params, shared).run();
+      if (threadIdx.x >= 96) BackwardRows<Tile>(params, shared).run();
     }
-  } else if (warpgroup == 3) {
-    if constexpr (!Tile::kHalves) {
+  } else if (!Tile::kDrained && warpgroup == 3) {
+    if constexpr (!Tile::kDrained) {
       shrink_registers<Tile::kQueryRegisters>();
       BackwardQueries<Tile>(params, shared).run();
     }
   } else {
     grow_registers<Tile::kKeyRegisters>();
-    if constexpr (Tile::kDivision == Division::halves) {
-      BackwardHalf<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
+    if constexpr (Tile::kDrained) {
+      BackwardGroup<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
     } else if constexpr (Tile::kDivision == Division::keys) {
       BackwardKeys<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
     } else if (warpgroup == 1) {

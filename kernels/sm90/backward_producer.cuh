@@ -1,18 +1,22 @@
 #pragma once
 
+#include "kernels/sm90/backward_rows.cuh"
 #include "kernels/sm90/backward_scheduler.cuh"
 #include "kernels/sm90/backward_turns.hpp"
 #include "kernels/sm90/tma.cuh"
 
-/// The producing warp: K and V once a block of keys, then Q, dO, LSE and delta of every block of
-/// queries that meets it. One lane copies tiles; all lanes load the rows' statistics.
+/// The producing warp: K and V once a block of keys, then Q and dO of every block of queries that
+/// meets it, and their statistics where no other warp loads them. One lane copies.
 namespace annulus::kernels::sm90 {
 
 template <typename Tile>
 class BackwardProducer {
  public:
   __device__ BackwardProducer(const BackwardParams& params, SharedBackward<Tile>& shared)
-      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x % 32)) {}
+      : params_(params),
+        shared_(shared),
+        rows_(params, shared),
+        lane_(static_cast<int>(threadIdx.x % 32)) {}
 
   __device__ void run() {
     KeyItem item = take_work();
@@ -27,7 +31,7 @@ class BackwardProducer {
     mbarrier_wait(&shared_.q_empty[ring_.index], ring_.parity ^ 1);
     if (lane_ == 0) {
       shared_.notes[note_].flags = kNoMoreItems;
-      if constexpr (Tile::kOrdered) mbarrier_arrive(&shared_.turn_full[note_]);
+      mbarrier_arrive(&shared_.note_full[note_]);
       mbarrier_arrive(&shared_.q_full[ring_.index]);
     }
   }
@@ -105,13 +109,12 @@ class BackwardProducer {
     if (!full) flags |= kPartlyMasked;
     if (q < s.q_begin || (q_last >= s.q_end && s.q_end < params_.seq_q)) flags |= kForeignRows;
 
+    const QueryNote note{flags, q, head, item.batch, s.lo, s.hi, s.q_begin, s.q_end};
     mbarrier_wait(&shared_.q_empty[stage], ring_.parity ^ 1);
     if (lane_ == 0) {
-      shared_.notes[note_] = QueryNote{flags, q, head, item.batch, s.lo, s.hi, s.q_begin, s.q_end};
-      if constexpr (Tile::kOrdered) {
-        shared_.turns[note_] = turn_;
-        mbarrier_arrive(&shared_.turn_full[note_]);
-      }
+      shared_.notes[note_] = note;
+      if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
+      mbarrier_arrive(&shared_.note_full[note_]);
       mbarrier_arrive_expect(&shared_.q_full[stage], sizeof(shared_.q[0]));
       for (int box = 0; box < Tile::kQkBoxes; ++box) {
         tma_load(&shared_.q[stage][box * Tile::kQueries * Tile::QkTile::kColumns], &params_.q,
@@ -128,42 +131,17 @@ class BackwardProducer {
                  box * Tile::VTile::kColumns, q, head, item.batch);
       }
     }
-    load_rows(stage, s, q, head, item.batch);
+    if constexpr (!Tile::kDrained) {
+      rows_.load(note);
+      rows_.store(stage);
+    }
     ring_.advance();
     if (++note_ == Tile::kNotes) note_ = 0;
   }
 
-  /// A row without keys (LSE -inf) or outside the slice gets LSE +inf, so that P = exp2(S - inf) =
-  /// 0, and δ 0.
-  __device__ void load_rows(int stage, const TileSlice& s, int q, int head, int batch) {
-    const float delta_scale = Tile::kScaledGradient ? params_.scale : 1.0F;
-    constexpr int kEach = (Tile::kQueries + 31) / 32;
-    const float* lse =
-        params_.lse + batch * params_.lse_strides.batch + head * params_.lse_strides.head;
-    const float* delta =
-        params_.delta + batch * params_.delta_strides.batch + head * params_.delta_strides.head;
-    float lse_of[kEach];
-    float delta_of[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = q + lane_ + 32 * i;
-      const bool valid = row >= s.q_begin && row < s.q_end;
-      lse_of[i] = valid ? lse[row * params_.lse_strides.row] : -INFINITY;
-      delta_of[i] = valid ? delta[row * params_.delta_strides.row] : 0.0F;
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const bool empty = lse_of[i] == -INFINITY;
-      if (Tile::kQueries % 32 != 0 && lane_ + 32 * i >= Tile::kQueries) break;
-      shared_.lse[stage][lane_ + 32 * i] = empty ? INFINITY : lse_of[i] * 1.4426950408889634F;
-      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_of[i] * delta_scale;
-    }
-    __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.rows_full[stage]);
-  }
-
   const BackwardParams& params_;
   SharedBackward<Tile>& shared_;
+  BackwardRows<Tile> rows_;
   const int lane_;
   Ring<Tile::kStages> ring_;
   Ring<Tile::kKvBuffers> kv_ring_;

@@ -9,11 +9,12 @@
 namespace annulus::kernels::sm90 {
 
 /// How warpgroups share the five products of a tile. halves: two take all products of 64 keys each,
-/// and each a half of dQ. keys: two take all products of 64 keys but dQ, which a third takes, where
-/// dQ has no halves of 64 columns. roles: one takes S, P, dV and another dP, dS, dK of the same 64
-/// keys, because no warpgroup has the registers for dK and dV of 64 keys and more than 128 columns;
-/// a third takes dQ.
-enum class Division { halves, keys, roles };
+/// and each a half of dQ's columns. turns: three with 64 keys each, of which one after the other
+/// takes all of a block's dQ, where dK and dV leave registers for three. keys: two take all
+/// products of 64 keys but dQ, which a third takes, where dQ has no halves of 64 columns. roles:
+/// one takes S, P, dV and another dP, dS, dK of the same 64 keys, because no warpgroup has the
+/// registers for dK and dV of 64 keys and more than 128 columns; a third takes dQ.
+enum class Division { halves, turns, keys, roles };
 
 template <typename Element_, int kHeadDim_, int kValueDim_, int kQueries_, int kStages_,
           int kKvBuffers_, Division kDivision_, int kScoreStages_ = 2, int kPieces_ = 4>
@@ -23,38 +24,43 @@ struct BackwardTile {
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kQueries = kQueries_;  // at a time
   static constexpr Division kDivision = kDivision_;
-  static constexpr bool kHalves = kDivision == Division::halves;
-  static constexpr int kKeys = kDivision == Division::roles ? 64 : 128;
+  static constexpr bool kTurns = kDivision == Division::turns;
+  static constexpr bool kDrained = kTurns || kDivision == Division::halves;  // dQ, by a warp
+  static constexpr int kGroups = kTurns ? 3 : 2;  // warpgroups with dK and dV, or one of them
+  static constexpr int kKeys = kDivision == Division::roles ? 64 : 64 * kGroups;
   static constexpr int kStages = kStages_;            // of Q and dO
   static constexpr int kKvBuffers = kKvBuffers_;      // of K and V
   static constexpr int kScoreStages = kScoreStages_;  // of dS, and of P where it changes hands
-  static constexpr int kNotes = kStages + kScoreStages;
-  static constexpr int kWarpgroups = kHalves ? 3 : 4;  // producer, two for dK and dV, one for dQ
+  // A note is kept until its dQ has left. When a block's Q is given back, dQ of the last is under
+  // way in halves; in turns it may be that of the block itself and of one for each warpgroup.
+  static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : kScoreStages);
+  // Producer, those of dK and dV, one for dQ.
+  static constexpr int kWarpgroups = 1 + kGroups + (kDrained ? 0 : 1);
   static constexpr int kThreads = kWarpgroups * 128;
   static constexpr bool kOrdered = false;  // additions to dQ in a fixed order
   // What the producer gives up is all that the others can get beyond an equal share of a launch's
   // registers, 168 each of 384 threads or 128 of 512: one too many and a warpgroup waits for ever.
   // dQ's warpgroup holds 64 columns of it at a time, or all 96.
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kKeyRegisters = kHalves ? 240 : kHeadDim == 96 ? 192 : 208;
+  static constexpr int kKeyRegisters = kTurns ? 160 : kDrained ? 240 : kHeadDim == 96 ? 192 : 208;
   static constexpr int kQueryRegisters = 512 - kProducerRegisters - 2 * kKeyRegisters;
-  static_assert(kProducerRegisters + 2 * kKeyRegisters + (kHalves ? 0 : kQueryRegisters) <=
-                (kHalves ? 3 * 168 : 4 * 128));
+  static_assert(kProducerRegisters + kGroups * kKeyRegisters + (kDrained ? 0 : kQueryRegisters) <=
+                (kWarpgroups == 3 ? 3 * 168 : 4 * 128));
   static_assert(kQueries % 16 == 0);
 
-  // dQ on its way out. halves: by warpgroup, 64 columns of all queries, or of half the queries.
-  // Else by warp, pieces of 16 rows and 32 columns.
-  static constexpr bool kColumnHalves = kHeadDim == 128;
-  static constexpr int kDrainRows = !kHalves ? 16 : kColumnHalves ? kQueries : kQueries / 2;
-  static constexpr int kDrains = kHalves ? 2 : 4;
+  // dQ on its way out. Drained: by warpgroup, 64 columns of all queries; there is room for 64 keys
+  // of dK or dV too. Else by warp, pieces of 16 rows and 32 columns.
+  static constexpr int kDrainRows = kDrained ? kQueries : 16;
+  static constexpr int kPieceRows = kDrained && kQueries < 64 ? 64 : kDrainRows;
+  static constexpr int kDrains = kDrained ? kGroups : 4;
   // dS then carries the scale of dQ and dK; f16 would lose small ones by that.
-  static constexpr bool kScaledGradient = kHalves && std::is_same_v<Element, __nv_bfloat16>;
-  static constexpr int kPieces = kHalves ? 2 : kPieces_;  // of 32 columns
-  static_assert(!kHalves || kHeadDim == (kColumnHalves ? 128 : 64));
+  static constexpr bool kScaledGradient = kDrained && std::is_same_v<Element, __nv_bfloat16>;
+  static constexpr int kPieces = kDrained ? 2 : kPieces_;  // of 32 columns
+  static_assert(!kDrained || kHeadDim == (kTurns ? 64 : 128));
 
   using QkTile = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
   using VTile = SwizzledTile<kValueDim % 64 == 0 ? 128 : 64>;
-  // dS. halves: [key box][query][64 keys]; else [query box][key][64 queries].
+  // dS. Drained: [key box][query][64 keys]; else [query box][key][64 queries].
   using ScoreTile = SwizzledTile<128>;
   static constexpr int kQkBoxes = kHeadDim / QkTile::kColumns;
   static constexpr int kVBoxes = kValueDim / VTile::kColumns;
@@ -100,7 +106,7 @@ struct SharedBackward {
   alignas(1024) Element q[kStages][Tile::kQueries * Tile::kHeadDim];
   alignas(1024) Element grad_o[kStages][Tile::kQueries * Tile::kValueDim];
   alignas(1024) Element grad_s[kScores][Tile::kQueries * Tile::kKeys];
-  alignas(1024) float grad_q[Tile::kDrains][Tile::kPieces][Tile::kDrainRows * 32];
+  alignas(1024) float grad_q[Tile::kDrains][Tile::kPieces][Tile::kPieceRows * 32];
   // P, in the order of a thread's fragments, on its way from one role to the other.
   alignas(16) uint4 p[Tile::kDivision == Division::roles ? kScores : 1]
                      [Tile::kDivision == Division::roles ? Tile::kQueries / 16 : 1]
@@ -118,8 +124,8 @@ struct SharedBackward {
   std::uint64_t rows_full[kStages];  // lse and delta; released with grad_o
   std::uint64_t grad_s_full[kScores], grad_s_empty[kScores];
   std::uint64_t p_full[kScores], p_empty[kScores];
-  std::uint64_t grad_q_full[2], grad_q_empty[2];  // by warpgroup
-  std::uint64_t turn_full[Tile::kNotes];          // in order: the note and its turn are there
+  std::uint64_t grad_q_full[Tile::kGroups], grad_q_empty[Tile::kGroups];  // by warpgroup
+  std::uint64_t note_full[Tile::kNotes];
 };
 
 }  // namespace annulus::kernels::sm90

@@ -22,7 +22,8 @@ struct WgmmaShape;
 #define OUT8(i)                                                                               \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OUT32 OUT8(0), OUT8(8), OUT8(16), OUT8(24)
+#define OUT24 OUT8(0), OUT8(8), OUT8(16)
+#define OUT32 OUT24, OUT8(24)
 #define OUT40 OUT32, OUT8(32)
 #define OUT48 OUT40, OUT8(40)
 #define OUT56 OUT48, OUT8(48)
@@ -33,9 +34,10 @@ struct WgmmaShape;
 #define OUT96 OUT88, OUT8(88)
 #define OUT128 OUT96, OUT8(96), OUT8(104), OUT8(112), OUT8(120)
 
-#define REG32                                                                          \
+#define REG24                                                                          \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22," \
-  "%23,%24,%25,%26,%27,%28,%29,%30,%31"
+  "%23"
+#define REG32 REG24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define REG40 REG32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define REG48 REG40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define REG56 REG48 ",%48,%49,%50,%51,%52,%53,%54,%55"
@@ -110,6 +112,7 @@ struct WgmmaShape;
   };
 
 #define SHAPES(TYPE, PTX)                             \
+  SHAPE(TYPE, PTX, 48, 24, 24, 25, 26, 27, 28, 29)    \
   SHAPE(TYPE, PTX, 64, 32, 32, 33, 34, 35, 36, 37)    \
   SHAPE(TYPE, PTX, 80, 40, 40, 41, 42, 43, 44, 45)    \
   SHAPE(TYPE, PTX, 96, 48, 48, 49, 50, 51, 52, 53)    \
@@ -136,6 +139,7 @@ SHAPES(__half, "f16")
 #undef REG48
 #undef REG40
 #undef REG32
+#undef REG24
 #undef OUT128
 #undef OUT96
 #undef OUT88
@@ -146,6 +150,7 @@ SHAPES(__half, "f16")
 #undef OUT48
 #undef OUT40
 #undef OUT32
+#undef OUT24
 #undef OUT8
 
 }  // namespace annulus::kernels::sm90

@@ -3,23 +3,23 @@
 #include "kernels/sm90/backward_products.cuh"
 #include "kernels/sm90/tma.cuh"
 
-/// One of two warpgroups that each keep dK and dV of 64 keys, compute all five products for them
-/// and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to shared
-/// memory for dQᵀ = Kᵀ·dSᵀ over the keys of both, of which each warpgroup takes 64 columns
-/// (head_dim 128) or half of the queries (64). A warpgroup's exponentials pass under the other's
-/// products.
+/// One of two or three warpgroups that each keep dK and dV of 64 keys, compute all products for
+/// them and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to shared
+/// memory for dQᵀ = Kᵀ·dSᵀ over the keys of all. Of two (head_dim 128) each takes 64 columns of it;
+/// of three (64) one takes it all, the next one that of the next block of queries. A warpgroup's
+/// exponentials pass under the others' products.
 namespace annulus::kernels::sm90 {
 
-inline constexpr int kBothBarrier = 1;  // of the two warpgroups
-inline constexpr int kHalfBarrier = 2;  // one a warpgroup
+inline constexpr int kBothBarrier = 1;   // of two warpgroups
+inline constexpr int kGroupBarrier = 2;  // one a warpgroup
 
 template <typename Tile, bool kSoftCap>
-class BackwardHalf {
+class BackwardGroup {
  public:
-  __device__ BackwardHalf(const BackwardParams& params, SharedBackward<Tile>& shared, int half)
+  __device__ BackwardGroup(const BackwardParams& params, SharedBackward<Tile>& shared, int group)
       : params_(params),
         shared_(shared),
-        half_(half),
+        group_(group),
         base_(static_cast<std::uint32_t>(uniform(static_cast<int>(shared_address(&shared))))),
         column_bytes_(threadIdx.x % 4 * 8),
         row_bytes_(gradient_row_bytes()),
@@ -51,8 +51,10 @@ class BackwardHalf {
       flags = await_queries();
     }
     // The end travels on to the draining warp as a note without dQ.
-    take_drain();
-    give_drain();
+    if (!Tile::kTurns || turn_ == group_) {
+      take_drain();
+      give_drain();
+    }
   }
 
  private:
@@ -60,7 +62,6 @@ class BackwardHalf {
   using QkTile = typename Tile::QkTile;
   using VTile = typename Tile::VTile;
   static constexpr int kCount = Tile::kQueries / 2;
-  static constexpr int kDrainQueries = Tile::kDrainRows;
 
   // Addresses in shared memory, of what the rings point to.
   using Shared = SharedBackward<Tile>;
@@ -104,12 +105,13 @@ class BackwardHalf {
     if constexpr (kMasked) {
       if ((flags & kForeignRows) != 0) {
         mbarrier_wait(&shared_.grad_o_full[stage], at_.ring.parity);
-        clear_foreign_queries(shared_, at_, kHalfBarrier + half_);
+        clear_foreign_queries(shared_, at_, kGroupBarrier + group_);
       }
     }
     wgmma_fence();
     issue_scores<Tile, QkTile, Tile::kHeadDim>(
-        s, QkTile::k_major(keys() + half_ * 64 * QkTile::kColumns * 2), QkTile::k_major(queries()));
+        s, QkTile::k_major(keys() + group_ * 64 * QkTile::kColumns * 2),
+        QkTile::k_major(queries()));
     float2 lse[kCount / 4];
     mbarrier_wait(barrier(offsetof(Shared, rows_full), stage), at_.ring.parity);
     if constexpr (!kMasked) load_statistics(lse, offsetof(Shared, lse));
@@ -118,36 +120,85 @@ class BackwardHalf {
     if constexpr (kMasked) {
       wgmma_wait<0>();
       pin_registers(s);
-      prepare_scores<kSoftCap>(shared_, params_, flags, at_, half_ * 64, s);
+      prepare_scores<kSoftCap>(shared_, params_, flags, at_, group_ * 64, s);
       wgmma_fence();
     }
     issue_scores<Tile, VTile, Tile::kValueDim>(
-        dp, VTile::k_major(values() + half_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()));
+        dp, VTile::k_major(values() + group_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()));
     if constexpr (kMasked) load_statistics(lse, offsetof(Shared, lse));
     exponentials<kMasked>(s, p, lse);
     gradient<kMasked>(s, dp, p, ds);
-    store_gradient_rows(ds, grad_s() + half_ * Tile::kQueries * 128 + row_bytes_);
+    if constexpr (Tile::kTurns) {
+      mbarrier_wait(barrier(offsetof(Shared, grad_s_empty), at_.scores.index),
+                    at_.scores.parity ^ 1);
+    }
+    store_gradient_rows(ds, grad_s() + group_ * Tile::kQueries * 128 + row_bytes_);
     wgmma_fence();
     issue_key_gradient<Tile, VTile, Tile::kValueDim>(dv, p, grad_o(), accumulate);
     fence_async_shared();
-    named_barrier_sync(kBothBarrier, 256);
-    float dq[kDrainQueries / 2];
+    if constexpr (Tile::kTurns) {
+      arrive_warp(barrier(offsetof(Shared, grad_s_full), at_.scores.index));
+      finish_in_turn(accumulate, p, ds, dk, dv);
+    } else {
+      named_barrier_sync(kBothBarrier, 256);
+      finish_half(accumulate, p, ds, dk, dv);
+    }
+    at_.advance();
+  }
+
+  /// A half of dQ, and dK under its way out. dV is under way.
+  __device__ void finish_half(bool accumulate, std::uint32_t (&p)[kCount / 2],
+                              std::uint32_t (&ds)[kCount / 2], KeyGradient<Tile::kHeadDim>& dk,
+                              KeyGradient<Tile::kValueDim>& dv) {
+    float dq[kCount];
     issue_drained(dq);
-    wgmma_wait<1>();
-    pin_registers(dv);
-    pin_registers(p);
-    arrive_warp(barrier(offsetof(Shared, grad_o_empty), stage));
+    release_grad_o(p, dv);
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
     take_drain();
     wgmma_wait<1>();
     pin_registers(dq);
     stage_drained(dq);
     give_drain();
+    release_queries(ds, dk);
+  }
+
+  /// dK, and dQ where the block of queries is this warpgroup's. dV is under way.
+  __device__ void finish_in_turn(bool accumulate, std::uint32_t (&p)[kCount / 2],
+                                 std::uint32_t (&ds)[kCount / 2], KeyGradient<Tile::kHeadDim>& dk,
+                                 KeyGradient<Tile::kValueDim>& dv) {
+    wgmma_fence();
+    issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
+    release_grad_o(p, dv);
+    release_queries(ds, dk);
+    if (turn_ == group_) {
+      float dq[kCount];
+      mbarrier_wait(barrier(offsetof(Shared, grad_s_full), at_.scores.index), at_.scores.parity);
+      issue_drained(dq);
+      take_drain();
+      wgmma_wait<0>();
+      pin_registers(dq);
+      arrive_warp(barrier(offsetof(Shared, grad_s_empty), at_.scores.index));
+      stage_drained(dq);
+      give_drain();
+    }
+    if (++turn_ == Tile::kGroups) turn_ = 0;
+  }
+
+  /// Once dV is there, the last product but one.
+  __device__ void release_grad_o(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
+    wgmma_wait<1>();
+    pin_registers(dv);
+    pin_registers(p);
+    arrive_warp(barrier(offsetof(Shared, grad_o_empty), at_.ring.index));
+  }
+
+  /// Once dK is there, the last product.
+  __device__ void release_queries(std::uint32_t (&ds)[kCount / 2],
+                                  KeyGradient<Tile::kHeadDim>& dk) {
     wgmma_wait<0>();
     pin_registers(dk);
     pin_registers(ds);
-    arrive_warp(barrier(offsetof(Shared, q_empty), stage));
-    at_.advance();
+    arrive_warp(barrier(offsetof(Shared, q_empty), at_.ring.index));
   }
 
   /// S to P in fp32, in place; with a soft cap to P times its slope, and P itself to `p`.
@@ -209,17 +260,16 @@ class BackwardHalf {
     return Tile::kScaledGradient ? fmaf(dp, params_.scale, -delta) : dp - delta;
   }
 
-  /// This warpgroup's half of dQᵀ.
-  __device__ void issue_drained(float (&dq)[kDrainQueries / 2]) {
+  /// This warpgroup's 64 columns of dQᵀ.
+  __device__ void issue_drained(float (&dq)[kCount]) {
     using Scores = typename Tile::ScoreTile;
-    const std::uint64_t a = QkTile::n_major(
-        keys() + (Tile::kColumnHalves ? half_ * 64 * Tile::kKeys * 2 : 0), Tile::kKeys);
-    const std::uint64_t b =
-        Scores::k_major(grad_s() + (Tile::kColumnHalves ? 0 : half_ * kDrainQueries * 64 * 2));
+    const std::uint64_t a =
+        QkTile::n_major(keys() + (Tile::kTurns ? 0 : group_ * 64 * Tile::kKeys * 2), Tile::kKeys);
+    const std::uint64_t b = Scores::k_major(grad_s());
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Tile::kKeys / 16; ++step) {
-      WgmmaShape<Element, kDrainQueries>::transposed_k_major(
+      WgmmaShape<Element, Tile::kQueries>::transposed_k_major(
           dq, advance(a, QkTile::n_major_step(step)),
           advance(b, Scores::k_major_step(step, Tile::kQueries)), step != 0);
     }
@@ -227,25 +277,25 @@ class BackwardHalf {
   }
 
   __device__ void take_drain() {
-    mbarrier_wait(barrier(offsetof(Shared, grad_q_empty), half_), drain_parity_ ^ 1);
+    mbarrier_wait(barrier(offsetof(Shared, grad_q_empty), group_), drain_parity_ ^ 1);
     drain_parity_ ^= 1;
   }
 
   __device__ void give_drain() {
     fence_async_shared();
-    arrive_warp(barrier(offsetof(Shared, grad_q_full), half_));
+    arrive_warp(barrier(offsetof(Shared, grad_q_full), group_));
   }
 
   /// To [query][32 columns] boxes in the copy engine's swizzled order, without bank conflicts: a
   /// thread holds columns lane/4 and lane/4 + 8 of its warp's sixteen, queries as S's fragments.
-  __device__ void stage_drained(const float (&dq)[kDrainQueries / 2]) const {
+  __device__ void stage_drained(const float (&dq)[kCount]) const {
     const std::uint32_t place =
-        base_ + offsetof(Shared, grad_q) + half_ * sizeof(Shared::grad_q[0]) + drain_bytes_;
+        base_ + offsetof(Shared, grad_q) + group_ * sizeof(Shared::grad_q[0]) + drain_bytes_;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // column lane/4 + i / 2 * 8, query lane % 4 * 2 + i % 2
       const std::uint32_t to = (place ^ (i / 2 * 32 + i % 2 * 16)) + i % 2 * 128;
 #pragma unroll
-      for (int j = i; j < kDrainQueries / 2; j += 4) {
+      for (int j = i; j < kCount; j += 4) {
         store_shared(to + j / 4 * 8 * 128, dq[j] * drain_scale());
       }
     }
@@ -257,28 +307,29 @@ class BackwardHalf {
     const std::uint32_t warp = threadIdx.x % 128 / 32;
     const std::uint32_t query = lane % 4 * 2;
     const std::uint32_t chunk = warp % 2 * 4 + lane / 16;
-    return warp / 2 * (kDrainQueries * 128) + query * 128 + (chunk ^ query) * 16 + lane / 4 % 4 * 4;
+    return warp / 2 * (Tile::kPieceRows * 128) + query * 128 + (chunk ^ query) * 16 +
+           lane / 4 % 4 * 4;
   }
 
   __device__ float drain_scale() const { return Tile::kScaledGradient ? 1.0F : params_.scale; }
 
-  /// Keys behind the block's last belong to others and may be NaN; their dS is 0. The other
-  /// warpgroup reads these rows only for dQ, after both have met.
+  /// Keys behind the block's last belong to others and may be NaN; their dS is 0. Other
+  /// warpgroups read these rows only for dQ, which waits for this one's dS.
   __device__ void clear_foreign_keys() {
     const KeyItem item = broadcast(shared_.items[at_.kv.index]);
-    const int keys = item.k_end - item.k_begin - half_ * 64;
+    const int keys = item.k_end - item.k_begin - group_ * 64;
     if (keys >= 64) return;
     constexpr int kChunks = QkTile::kColumns * 2 / 16;
     for (int i = static_cast<int>(threadIdx.x % 128); i < Tile::kQkBoxes * 64 * kChunks; i += 128) {
       const int row = i / kChunks % 64;
       const int box = i / kChunks / 64;
       if (row < keys) continue;
-      reinterpret_cast<uint4*>(shared_.k[at_.kv.index] + (box * Tile::kKeys + half_ * 64 + row) *
+      reinterpret_cast<uint4*>(shared_.k[at_.kv.index] + (box * Tile::kKeys + group_ * 64 + row) *
                                                              QkTile::kColumns)[i % kChunks] =
           make_uint4(0, 0, 0, 0);
     }
     fence_async_shared();
-    named_barrier_sync(kHalfBarrier + half_, 128);
+    named_barrier_sync(kGroupBarrier + group_, 128);
   }
 
   __device__ void finish_item(const KeyGradient<Tile::kHeadDim>& dk,
@@ -292,7 +343,7 @@ class BackwardHalf {
     // The place of dQ goes back as if the draining warp had emptied it.
     if (threadIdx.x % 128 == 0) {
       bulk_wait_read<0>();
-      mbarrier_arrive(&shared_.grad_q_empty[half_]);
+      mbarrier_arrive(&shared_.grad_q_empty[group_]);
     }
   }
 
@@ -306,9 +357,9 @@ class BackwardHalf {
     const int key = static_cast<int>(threadIdx.x % 128 / 32) * 16 + lane / 4;
 #pragma unroll
     for (int piece = 0; piece < kDim / 32; ++piece) {
-      float* staged = shared_.grad_q[half_][0] + piece % 2 * 64 * 32;
+      float* staged = shared_.grad_q[group_][0] + piece % 2 * 64 * 32;
       if (threadIdx.x % 128 == 0) bulk_wait_read<1>();
-      named_barrier_sync(kHalfBarrier + half_, 128);
+      named_barrier_sync(kGroupBarrier + group_, 128);
 #pragma unroll
       for (int i = 0; i < 16; i += 4) {
         // Rows eight apart share their place in the pattern.
@@ -318,9 +369,9 @@ class BackwardHalf {
         *reinterpret_cast<float2*>(to + 8 * 32) = make_float2(values[2] * scale, values[3] * scale);
       }
       fence_async_shared();
-      named_barrier_sync(kHalfBarrier + half_, 128);
+      named_barrier_sync(kGroupBarrier + group_, 128);
       if (threadIdx.x % 128 == 0) {
-        const int row = item.k_begin + half_ * 64;
+        const int row = item.k_begin + group_ * 64;
         if (!params_.overwrites_kv) {
           tma_reduce_add(map, staged, piece * 32, row, item.kv_head, item.batch);
         } else if (row < item.k_end) {
@@ -333,12 +384,13 @@ class BackwardHalf {
 
   const BackwardParams& params_;
   SharedBackward<Tile>& shared_;
-  const int half_;
+  const int group_;
   const std::uint32_t base_;    // of `shared`; what lies there is best addressed from it
   std::uint32_t column_bytes_;  // of this thread's first query among fp32 statistics
   std::uint32_t row_bytes_;     // of its first row in a box of dS
   std::uint32_t drain_bytes_;   // of its first element in a box of dQ
   std::uint32_t drain_parity_ = 0;
+  int turn_ = 0;  // the warpgroup that takes dQ of the block of queries
   Place<Tile> at_;
 };
 
