@@ -179,7 +179,7 @@ __device__ inline int traded_row() {
 /// traded_row's, column 0.
 template <int kCount>
 __device__ inline void add_rows(const float (&acc)[kCount], float scale, float* row, bool valid,
-                                bool overwrite = false) {
+                                bool overwrite) {
   const bool odd = (threadIdx.x & 1U) != 0;
   float* to = row + threadIdx.x % 4 / 2 * 4;
 #pragma unroll

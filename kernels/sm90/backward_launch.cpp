@@ -142,12 +142,10 @@ void set_scale(BackwardParams& params, const AttentionProblem& problem) {
 }
 
 /// How many units must be under way at a time so that turns come before they are waited for: a
-/// block of queries is added to once a unit's block of keys is done with kTurnBlocks more of them.
-std::int64_t units_for_turns(const ForwardWork& work, const BackwardVariant& variant,
-                             std::int64_t chunk, int processors) {
-  const std::int64_t blocks = blocks_of_queries(work, static_cast<std::int32_t>(variant.keys),
-                                                static_cast<std::int32_t>(variant.queries));
-  return processors * kTurnBlocks * work.rows() / std::max<std::int64_t>(blocks * chunk, 1);
+/// block of queries is added to once a unit's block of keys, of `query_blocks` for each query head,
+/// is done with kTurnBlocks more of them.
+std::int64_t units_for_turns(std::int64_t query_blocks, std::int64_t chunk, int processors) {
+  return processors * kTurnBlocks / std::max<std::int64_t>(query_blocks * chunk, 1);
 }
 
 /// A chunk of query heads shares one pass over a block of keys, which saves loads and additions of
@@ -190,7 +188,7 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   std::int64_t section =
       std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} / kKeysTogether);
   if (call.deterministic) {
-    section = std::max(section, units_for_turns(work, variant, chunk, processors));
+    section = std::max(section, units_for_turns(query_blocks, chunk, processors));
   }
   params.section_units =
       static_cast<std::int32_t>(std::clamp<std::int64_t>(section, 1, params.units));
