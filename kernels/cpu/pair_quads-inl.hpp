@@ -1,0 +1,262 @@
+// What decode attention in bf16 through the dot product of vectors is made of: products of keys by
+// pairs of tokens, softmax of a tile, and where the next lines of memory are.
+#if defined(ANNULUS_CPU_PAIR_QUADS_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef ANNULUS_CPU_PAIR_QUADS_INL
+#undef ANNULUS_CPU_PAIR_QUADS_INL
+#else
+#define ANNULUS_CPU_PAIR_QUADS_INL
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/decode_quads-inl.hpp"
+#include "kernels/cpu/pair_products-inl.hpp"
+
+#if ANNULUS_PAIRS
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+
+/// Columns of a line of memory.
+inline constexpr std::int64_t kLineColumns = 32;
+inline constexpr std::int64_t kLineBytes = 64;
+
+/// Q as it is.
+struct RowsPairs {
+  static std::int64_t query_stride(std::int64_t dim) { return round_up(dim, kLineColumns) / 2; }
+  static void store_query(std::span<const float> row, float, float* to) {
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      std::uint32_t bits = 0;
+      std::memcpy(&bits, &row[d], sizeof(bits));
+      const auto half = static_cast<std::uint16_t>(bits >> 16U);
+      std::memcpy(reinterpret_cast<char*>(to) + d * sizeof(half), &half, sizeof(half));
+    }
+  }
+  static constexpr std::int64_t kBytes = 2;
+};
+
+/// Asks for a line of memory. The processor forgets what is asked for while all its line buffers
+/// are in use: a line beside each one that is read, and never more; the compiler must not gather
+/// them.
+HWY_INLINE void ask(const char* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
+
+/// An address of which the compiler knows nothing: it would keep sums with every constant
+/// in vector registers, and move them back for each line.
+template <class T>
+HWY_INLINE T* opaque(T* address) {
+  asm("" : "+r"(address));
+  return address;
+}
+
+/// Two rows of a head.
+struct RowPair {
+  const char* even = nullptr;
+  const char* odd = nullptr;
+};
+
+/// How many columns a row has: known when compiled, so that loops over them unroll, or 0.
+template <int kColumns>
+HWY_INLINE std::int64_t columns_of(std::int64_t columns) {
+  return kColumns > 0 ? kColumns : columns;
+}
+
+HWY_INLINE __m512i load_line(const char* row, std::int64_t column, std::int64_t columns) {
+  const char* at = row + 2 * column;
+  if (columns - column >= kLineColumns) return _mm512_loadu_si512(at);
+  return _mm512_maskz_loadu_epi16((1U << static_cast<unsigned>(columns - column)) - 1U, at);
+}
+
+HWY_INLINE FloatVec as_floats(__m512i pairs) { return FloatVec{_mm512_castsi512_ps(pairs)}; }
+
+HWY_INLINE FloatVec dot(FloatVec a, FloatVec b, FloatVec sum) {
+  return add_product<Elements::bf16_pairs>(a, b, sum);
+}
+
+/// Products of a quad with two keys, in parts: blocks 0 and 1 of x are those of the even key,
+/// [row], 2 and 3 those of the odd one. Calls ask_beside(column, step) before the lines of a column
+/// and after each row, to ask for memory.
+template <int kColumns, class AskBeside>
+HWY_INLINE void score_pair(const RowPair& k, std::int64_t any_columns, const float* HWY_RESTRICT q,
+                           const AskBeside& ask_beside, float* HWY_RESTRICT x) {
+  const Floats d;
+  const std::int64_t columns = columns_of<kColumns>(any_columns);
+  const std::int64_t q_stride = RowsPairs::query_stride(columns);
+  FloatVec even[kQuad];
+  FloatVec odd[kQuad];
+  HWY_UNROLL(4)
+  for (int r = 0; r < kQuad; ++r) even[r] = odd[r] = hn::Zero(d);
+  HWY_UNROLL(4)
+  for (std::int64_t column = 0; column < columns; column += kLineColumns) {
+    ask_beside(column, 0);
+    const FloatVec k_even = as_floats(load_line(k.even, column, columns));
+    const FloatVec k_odd = as_floats(load_line(k.odd, column, columns));
+    HWY_UNROLL(4)
+    for (int r = 0; r < kQuad; ++r) {
+      const FloatVec of_q = hn::Load(d, q + r * q_stride + column / 2);
+      even[r] = dot(k_even, of_q, even[r]);
+      odd[r] = dot(k_odd, of_q, odd[r]);
+      ask_beside(column, r + 1);
+    }
+  }
+  const FloatVec a = block_sums(even);
+  const FloatVec b = block_sums(odd);
+  hn::Store(hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a)), d, x);
+}
+
+/// s[4 tokens, row] of two pairs.
+HWY_INLINE FloatVec scores_of(FloatVec x, FloatVec next) {
+  return FloatVec{_mm512_add_ps(_mm512_shuffle_f32x4(x.raw, next.raw, 0x88),
+                                _mm512_shuffle_f32x4(x.raw, next.raw, 0xdd))};
+}
+
+/// o += p·V for one token, without terms of weight 0: 0 times an infinite or NaN value is not 0.
+template <class Rows>
+HWY_NOINLINE void add_kept(const char* row, std::int64_t columns, const float* p, float* o) {
+  const Floats d;
+  const std::int64_t o_stride = round_up(columns, kPair);
+  for (std::int64_t r = 0; r < kQuad; ++r) {
+    if (p[r] == 0.0F) continue;
+    const FloatVec weight = hn::Set(d, p[r]);
+    for (std::int64_t column = 0; column < columns; column += kLineColumns) {
+      FloatVec value[2];
+      Rows::widen(load_line(row, column, columns), value);
+      float* at = o + r * o_stride + column;
+      for (int c = 0; c < 2; ++c, at += kLanes) {
+        hn::Store(hn::MulAdd(weight, value[c], hn::Load(d, at)), d, at);
+      }
+    }
+  }
+}
+
+/// What attention of a block keeps and does, however values are added. While the keys of a tile are
+/// multiplied, so are the values of the tile before it.
+template <class Rows>
+class PairQuads : protected DecodeQuads<Rows> {
+  using Base = DecodeQuads<Rows>;
+
+ protected:
+  using Base::o_stride_;
+  using Base::problem_;
+  using Base::sees_all;
+  using Base::tokens_;
+
+  using Base::Base;
+
+  static constexpr int kWeightVectors = kTile * kQuad / kLanes;
+
+  using TokenRows = std::array<const char*, kTile + kQuadKeys>;
+
+  struct Tiles {
+    const Tile& values;
+    const Tile& keys;
+    const Tile& next;
+  };
+
+  // Calls pass(tiles) while there are values or keys, then writes what the rows sum up to.
+  template <class Pass>
+  void each_tile(const AttentionState& partial, const Pass& pass) {
+    this->find(tokens_.end, tiles_[0]);
+    this->find(tokens_.begin, tiles_[1]);
+    std::int64_t unsettled = 0;
+    for (std::size_t i = 0;; i = (i + 1) % 3) {
+      const Tile& values = tiles_[i];
+      const Tile& keys = tiles_[(i + 1) % 3];
+      Tile& next = tiles_[(i + 2) % 3];
+      if (values.count == 0 && keys.count == 0) break;
+      this->find(keys.first + keys.count, next);
+      pass(Tiles{values, keys, next});
+      if (values.count == 0 || (++unsettled < kSettledTiles && keys.count > 0)) continue;
+      this->settle();
+      unsettled = 0;
+    }
+    this->write(partial);
+  }
+
+  // p ← the weights of a tile, [4 tokens, row] a vector, of the products of pairs of keys in s.
+  HWY_INLINE void weigh(Quad& quad, const Tile& tile, bool whole, FloatVec* p) const {
+    const Floats d;
+    const FloatVec scale = hn::Set(d, problem_.scale);
+    HWY_UNROLL(4)
+    for (int i = 0; i < kWeightVectors; ++i) {
+      const float* x = quad.s + 2 * i * kLanes;
+      p[i] = hn::Mul(scores_of(hn::Load(d, x), hn::Load(d, x + kLanes)), scale);
+    }
+    if (!whole || problem_.soft_cap > 0.0F) change(quad, tile, p);
+    FloatVec max = hn::Load(d, quad.max);
+    FloatVec largest = p[0];
+    HWY_UNROLL(4)
+    for (int i = 1; i < kWeightVectors; ++i) largest = hn::Max(largest, p[i]);
+    if (!hn::AllFalse(d, hn::Gt(largest, max))) max = raise_max(quad, largest);
+    const FloatVec log2e = hn::Set(d, kLog2E);
+    const FloatVec base2 = base2_max(max);
+    FloatVec sum = hn::Load(d, quad.sum);
+    HWY_UNROLL(4)
+    for (int i = 0; i < kWeightVectors; ++i) {
+      p[i] = exp2(d, hn::MulSub(p[i], log2e, base2));
+      sum = hn::Add(sum, p[i]);
+    }
+    hn::Store(sum, d, quad.sum);
+  }
+
+  // Weights in the places of the products that they come from, [2 tokens, row].
+  static HWY_INLINE void store_weights(const FloatVec* p, float* s) {
+    const hn::Half<Floats> half;
+    HWY_UNROLL(4)
+    for (int i = 0; i < kWeightVectors; ++i, s += 2 * kLanes) {
+      hn::Store(hn::LowerHalf(p[i]), half, s);
+      hn::Store(hn::UpperHalf(half, p[i]), half, s + kLanes);
+    }
+  }
+
+  // The new maximum of each row, in all of its lanes.
+  HWY_NOINLINE FloatVec raise_max(Quad& quad, FloatVec largest) const {
+    const Floats d;
+    const FloatVec before = hn::Load(d, quad.max);
+    FloatVec max = hn::Max(before, largest);
+    max = hn::Max(max, hn::ConcatLowerUpper(d, max, max));
+    max = hn::Max(max, hn::SwapAdjacentBlocks(max));
+    raise(quad, exp2(d, hn::Sub(hn::Mul(before, hn::Set(d, kLog2E)), base2_max(max))));
+    hn::Store(max, d, quad.max);
+    return max;
+  }
+
+  // Soft cap and masks.
+  HWY_NOINLINE void change(Quad& quad, const Tile& tile, FloatVec* s) const {
+    const Floats d;
+    for (std::int64_t i = 0; i < kScores; i += kLanes) hn::Store(s[i / kLanes], d, quad.s + i);
+    if (problem_.soft_cap > 0.0F) this->cap(quad);
+    std::fill(quad.s + tile.count * kQuad, quad.s + kScores, kMinusInfinity);
+    if (!sees_all(tile)) this->mask(tile, quad);
+    for (std::int64_t i = 0; i < kScores; i += kLanes) s[i / kLanes] = hn::Load(d, quad.s + i);
+  }
+
+  // All sums so far times a factor, alike in all lanes of a row.
+  HWY_NOINLINE void raise(Quad& quad, FloatVec factor) const {
+    const Floats d;
+    for (float* sum : {quad.sum, quad.settled_sum}) {
+      hn::Store(hn::Mul(hn::Load(d, sum), factor), d, sum);
+    }
+    store_reduced({factor}, MaxVectors(), quad.rescale);
+    for (std::int64_t r = 0; r < kQuad; ++r) {
+      const FloatVec of_row = hn::Set(d, quad.rescale[r]);
+      float* o = quad.o + r * o_stride_;
+      for (std::int64_t i = 0; i < o_stride_; i += kLanes) {
+        hn::Store(hn::Mul(hn::Load(d, o + i), of_row), d, o + i);
+      }
+      quad.settled_rescale[r] *= quad.rescale[r];
+    }
+  }
+
+ private:
+  std::array<Tile, 3> tiles_;  // of V, of K, and the next, in turn
+};
+
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif  // ANNULUS_PAIRS
+
+#endif  // ANNULUS_CPU_PAIR_QUADS_INL
