@@ -15,6 +15,7 @@
 #include "hwy/foreach_target.h"
 // clang-format on
 #include "hwy/highway.h"
+#include "kernels/cpu/decode_heads-inl.hpp"
 #include "kernels/cpu/decode_pairs-inl.hpp"
 #include "kernels/cpu/decode_quads-inl.hpp"
 #include "kernels/cpu/decode_tile-inl.hpp"
@@ -140,7 +141,11 @@ class DecodePages : DecodeQuads<Rows> {
 };
 
 std::int64_t scratch_on_target(const DecodeProblem& problem, std::int64_t queries) {
-  return DecodePages<RowsF32>::scratch_floats(problem, queries);
+  std::int64_t floats = DecodePages<RowsF32>::scratch_floats(problem, queries);
+#if ANNULUS_PAIRS
+  floats += DecodeHeads<0>::scratch_floats(problem, queries);
+#endif
+  return floats;
 }
 
 #if ANNULUS_PAIRS
@@ -154,8 +159,11 @@ bool o_stays_near(const DecodeProblem& problem, const DecodeBlock& block) {
 void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
                       const AttentionState& partial, Scratch& scratch) {
 #if ANNULUS_PAIRS
-  if (uses_bf16_dots(problem.q.dtype) && o_stays_near(problem, block)) {
-    return decode_pairs(problem, block, partial, scratch);
+  if (uses_bf16_dots(problem.q.dtype)) {
+    if (cpu::dot_decode() == cpu::DotDecode::heads) {
+      return decode_heads(problem, block, partial, scratch);
+    }
+    if (o_stays_near(problem, block)) return decode_pairs(problem, block, partial, scratch);
   }
 #endif
   if (problem.q.dtype == DType::f32) {

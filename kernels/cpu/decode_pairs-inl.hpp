@@ -19,6 +19,7 @@ namespace annulus::kernels::HWY_NAMESPACE {
 
 /// O in the order of columns of RowsBf16: the even ones of a line, then the odd ones.
 struct RowsByParity : RowsPairs {
+  static constexpr bool kByHalves = false;
   static std::int64_t place(std::int64_t column) { return RowsBf16::place(column); }
   static HWY_INLINE void widen(__m512i line, FloatVec* to) {
     to[0] = FloatVec{_mm512_castsi512_ps(_mm512_slli_epi32(line, 16))};
@@ -45,7 +46,7 @@ HWY_INLINE void add_pair_columns(const RowPair& v, std::int64_t column, std::int
   }
   HWY_UNROLL(4)
   for (int r = 0; r < kQuad; ++r) {
-    if (r < 2 * kLines) ask(ahead + r * kLineBytes);
+    if (r < 2 * kLines) ask<Level::l1>(ahead + r * kLineBytes);
     const FloatVec of_even = hn::Set(d, p[r]);
     const FloatVec of_odd = hn::Set(d, p[kQuad + r]);
     float* at = o + r * o_stride + column;
@@ -89,7 +90,7 @@ class DecodePairs : PairQuads<RowsByParity> {
       : PairQuads(problem, block, scratch), k_(stream_of(problem.k)), v_(stream_of(problem.v)) {}
 
   void compute(const AttentionState& partial) {
-    each_tile(partial, [this](const Tiles& tiles) {
+    each_tile(partial, kSettledTiles, [this](const Tiles& tiles) {
       if (tiles.values.count == kTile && sees_all(tiles.values) && tiles.keys.count == kTile) {
         pass_whole(tiles);
       } else {
@@ -218,8 +219,8 @@ class DecodePairs : PairQuads<RowsByParity> {
     const char* ahead = opaque(k.ahead());
     const auto ask_beside = [=](std::int64_t column, int step) HWY_ATTR {
       const char* line = ahead + column / kLineColumns * 2 * kLineBytes;
-      if (step == 0) ask(line);
-      if (step == 2) ask(line + kLineBytes);
+      if (step == 0) ask<Level::l1>(line);
+      if (step == 2) ask<Level::l1>(line + kLineBytes);
     };
     score_pair<kColumns>(k.rows(), k_.columns, q, ask_beside, s);
   }

@@ -39,10 +39,20 @@ struct RowsPairs {
   static constexpr std::int64_t kBytes = 2;
 };
 
+/// Where lines of memory are brought to.
+enum class Level : std::uint8_t { l1, l2 };
+
 /// Asks for a line of memory. The processor forgets what is asked for while all its line buffers
 /// are in use: a line beside each one that is read, and never more; the compiler must not gather
 /// them.
-HWY_INLINE void ask(const char* line) { asm volatile("prefetcht0 %0" : : "m"(*line)); }
+template <Level kLevel>
+HWY_INLINE void ask(const char* line) {
+  if constexpr (kLevel == Level::l1) {
+    asm volatile("prefetcht0 %0" : : "m"(*line));
+  } else {
+    asm volatile("prefetcht1 %0" : : "m"(*line));
+  }
+}
 
 /// An address of which the compiler knows nothing: it would keep sums with every constant
 /// in vector registers, and move them back for each line.
@@ -156,20 +166,21 @@ class PairQuads : protected DecodeQuads<Rows> {
     const Tile& next;
   };
 
-  // Calls pass(tiles) while there are values or keys, then writes what the rows sum up to.
+  // Calls pass(tiles) while there are values or keys, then writes what the rows sum up to. The sums
+  // of so many tiles are kept apart.
   template <class Pass>
-  void each_tile(const AttentionState& partial, const Pass& pass) {
-    this->find(tokens_.end, tiles_[0]);
-    this->find(tokens_.begin, tiles_[1]);
+  void each_tile(const AttentionState& partial, std::int64_t settled_tiles, const Pass& pass) {
+    find(tokens_.end, tiles_[0]);
+    find(tokens_.begin, tiles_[1]);
     std::int64_t unsettled = 0;
     for (std::size_t i = 0;; i = (i + 1) % 3) {
       const Tile& values = tiles_[i];
       const Tile& keys = tiles_[(i + 1) % 3];
       Tile& next = tiles_[(i + 2) % 3];
       if (values.count == 0 && keys.count == 0) break;
-      this->find(keys.first + keys.count, next);
+      find(keys.first + keys.count, next);
       pass(Tiles{values, keys, next});
-      if (values.count == 0 || (++unsettled < kSettledTiles && keys.count > 0)) continue;
+      if (values.count == 0 || (++unsettled < settled_tiles && keys.count > 0)) continue;
       this->settle();
       unsettled = 0;
     }
@@ -252,6 +263,21 @@ class PairQuads : protected DecodeQuads<Rows> {
   }
 
  private:
+  void find(std::int64_t first, Tile& tile) const {
+    Base::find(first, tile);
+    if (Rows::kByHalves && tile.count == kTile && sees_all(tile)) {
+      alternate_halves(tile.k);
+      alternate_halves(tile.v);
+    }
+  }
+
+  // Tokens 0 8 1 9 2 10 ... of a tile that every row sees: read by pairs, each half of the tile is
+  // a stream of memory of its own.
+  static void alternate_halves(TokenRows& rows) {
+    const TokenRows given = rows;
+    for (std::size_t i = 0; i < kTile; ++i) rows[i] = given[i / 2 + i % 2 * (kTile / 2)];
+  }
+
   std::array<Tile, 3> tiles_;  // of V, of K, and the next, in turn
 };
 

@@ -114,6 +114,21 @@ TEST(DecodeCpuRandom, EqualsTheReferenceOnEveryVectorTarget) {
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
+// Every way through the dot product, and none.
+void expect_with_and_without_dots(const DecodeOptions& options, std::uint64_t seed) {
+  using kernels::cpu::DotDecode;
+  for (const DotDecode way : {DotDecode::pairs, DotDecode::heads}) {
+    SCOPED_TRACE(fmt::format("way {}", static_cast<int>(way)));
+    kernels::cpu::choose_dot_decode(way);
+    expect_for_all_pages(options, seed);
+  }
+  kernels::cpu::choose_dot_decode({});
+  SCOPED_TRACE("no dots");
+  kernels::cpu::allow_bf16_dots(false);
+  expect_for_all_pages(options, seed);
+  kernels::cpu::allow_bf16_dots(true);
+}
+
 // Long enough for sums to settle, and every second case of a head size with loops of its own.
 TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
   if (!kernels::cpu::has_bf16_dots()) GTEST_SKIP() << "no dot products of bf16 at full rate";
@@ -126,13 +141,8 @@ TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
       options.head_dim = options.value_dim = i % 4 == 0 ? 128 : 64;
       options.latent = false;
     }
-    options.sequences.front().length += 400;
-    for (const bool allowed : {true, false}) {
-      SCOPED_TRACE(allowed);
-      kernels::cpu::allow_bf16_dots(allowed);
-      expect_for_all_pages(options, seed);
-    }
-    kernels::cpu::allow_bf16_dots(true);
+    options.sequences.front().length += i % 3 == 0 ? 2200 : 400;
+    expect_with_and_without_dots(options, seed);
   }
 }
 

@@ -1,0 +1,277 @@
+// Decode attention in bf16 through the dot product of vectors, for processors whose L1 does not
+// hold the sums of all heads: values pass head by head of a tile, keys by two tokens of all heads.
+#if defined(ANNULUS_CPU_DECODE_HEADS_INL) == defined(HWY_TARGET_TOGGLE)
+#ifdef ANNULUS_CPU_DECODE_HEADS_INL
+#undef ANNULUS_CPU_DECODE_HEADS_INL
+#else
+#define ANNULUS_CPU_DECODE_HEADS_INL
+#endif
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/pair_quads-inl.hpp"
+
+#if ANNULUS_PAIRS
+HWY_BEFORE_NAMESPACE();
+namespace annulus::kernels::HWY_NAMESPACE {
+
+/// O in the order that pairs of two rows come in: the lower four columns of each block of eight,
+/// then the upper ones.
+struct RowsByBlocks : RowsPairs {
+  static constexpr bool kByHalves = true;
+  static std::int64_t place(std::int64_t column) {
+    return column % 8 / 4 * kLanes + column / 8 * 4 + column % 4;
+  }
+  static HWY_INLINE void widen(__m512i line, FloatVec* to) {
+    const __m512i zero = _mm512_setzero_si512();
+    to[0] = as_floats(_mm512_unpacklo_epi16(zero, line));
+    to[1] = as_floats(_mm512_unpackhi_epi16(zero, line));
+  }
+};
+
+/// Of kTile rows.
+using RowAddresses = const char* const*;
+
+/// Weights of a tile in bf16, [pair of tokens, row].
+inline constexpr int kWeightPairs = kTile / 2 * kQuad;
+
+/// `to` ← p, [4 tokens, row] a vector.
+HWY_INLINE void store_weight_pairs(const FloatVec* p, std::uint32_t* to) {
+  alignas(64) static constexpr std::uint16_t kOrder[32] = {
+      0,  4,  1,  5,  2,  6,  3,  7,  8,  12, 9,  13, 10, 14, 11, 15,
+      16, 20, 17, 21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  HWY_UNROLL(2)
+  for (int i = 0; i < kWeightPairs / kLanes; ++i) {
+    __m512i rounded;  // an instruction that Highway 1.0 has no target for
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(p[2 * i + 1].raw), "v"(p[2 * i].raw));
+    _mm512_store_si512(to + i * kLanes, _mm512_permutexvar_epi16(order, rounded));
+  }
+}
+
+/// Line `i` of those of kTile rows, of which `column` / kLineColumns · kTile have been counted off.
+template <int kColumns>
+HWY_INLINE const char* line_of(RowAddresses rows, std::int64_t column, int i) {
+  constexpr int kLines = kColumns / kLineColumns;
+  if constexpr (kLines == 0) return rows[i] + 2 * column;
+  return rows[column / kLineColumns * (kTile / kLines) + i / kLines] + i % kLines * kLineBytes;
+}
+
+/// o += p·V for a tile of a head that lies `head_bytes` behind the rows of head 0. Asks for the
+/// lines of `ahead`, a row for each row of v, and once more for those of the next head.
+template <int kColumns>
+HWY_INLINE void add_tile(RowAddresses v, std::int64_t head_offset, std::int64_t head_bytes,
+                         std::int64_t any_columns, const std::uint32_t* HWY_RESTRICT p,
+                         RowAddresses ahead, float* HWY_RESTRICT o) {
+  const Floats d;
+  const hn::RebindToUnsigned<Floats> du;
+  const std::int64_t columns = columns_of<kColumns>(any_columns);
+  const std::int64_t o_stride = round_up(columns, kPair);
+  HWY_UNROLL(1)
+  for (std::int64_t column = 0; column < columns; column += kLineColumns) {
+    FloatVec sum[kQuad][2];
+    HWY_UNROLL(4)
+    for (int r = 0; r < kQuad; ++r) {
+      sum[r][0] = hn::Load(d, o + r * o_stride + column);
+      sum[r][1] = hn::Load(d, o + r * o_stride + column + kLanes);
+    }
+    HWY_UNROLL(8)
+    for (int t = 0; t < kTile; t += 2) {
+      const char* even = v[t] + head_offset;
+      const char* odd = v[t + 1] + head_offset;
+      const __m512i a = load_line(even, column, columns);
+      const __m512i b = load_line(odd, column, columns);
+      const FloatVec low = as_floats(_mm512_unpacklo_epi16(a, b));
+      const FloatVec high = as_floats(_mm512_unpackhi_epi16(a, b));
+      ask<Level::l2>(line_of<kColumns>(ahead, column, t));
+      ask<Level::l2>(even + head_bytes + 2 * column);
+      HWY_UNROLL(4)
+      for (int r = 0; r < kQuad; ++r) {
+        const FloatVec weight = hn::BitCast(d, hn::Set(du, p[t / 2 * kQuad + r]));
+        sum[r][0] = dot(low, weight, sum[r][0]);
+        sum[r][1] = dot(high, weight, sum[r][1]);
+        if (r == 1) ask<Level::l2>(line_of<kColumns>(ahead, column, t + 1));
+        if (r == 2) ask<Level::l2>(odd + head_bytes + 2 * column);
+      }
+    }
+    HWY_UNROLL(4)
+    for (int r = 0; r < kQuad; ++r) {
+      hn::Store(sum[r][0], d, o + r * o_stride + column);
+      hn::Store(sum[r][1], d, o + r * o_stride + column + kLanes);
+    }
+  }
+}
+
+/// Attention of a block. Sums of a head are in registers for a tile of values, which are read in
+/// another order than they lie in: they are asked for a tile ahead, in the order of memory, and
+/// again a head ahead, for what the processor forgot.
+template <int kColumns>
+class DecodeHeads : PairQuads<RowsByBlocks> {
+ public:
+  DecodeHeads(const DecodeProblem& problem, const DecodeBlock& block, Scratch& scratch)
+      : PairQuads(problem, block, scratch),
+        k_bytes_(problem.k.strides[2] * RowsPairs::kBytes),
+        near_(tokens_in(problem, kNearBytes, kTile / 4)),
+        far_(tokens_in(problem, kFarBytes, kTile)),
+        v_bytes_(problem.v.strides[2] * RowsPairs::kBytes),
+        ahead_(static_cast<std::size_t>((problem.kv_heads() + 1) * kTile)) {
+    for (std::size_t i = 0; i < quads_.size(); ++i) products_.push_back(scratch.take(2 * kScores));
+  }
+
+  static std::int64_t scratch_floats(const DecodeProblem& problem, std::int64_t queries) {
+    const std::int64_t quads = (queries * problem.group_size() + kQuad - 1) / kQuad;
+    return problem.kv_heads() * quads * Scratch::room_for(2 * kScores);
+  }
+
+  void compute(const AttentionState& partial) {
+    each_tile(partial, kApartTiles, [this](const Tiles& tiles) { pass(tiles); });
+  }
+
+ private:
+  // What is settled has left L2 meanwhile; weights in bf16 round more than sums of 1,024 tokens do.
+  static constexpr std::int64_t kApartTiles = 64;
+  // Keys of each half of a tile that fill this are asked for ahead of their use, and again.
+  static constexpr std::int64_t kFarBytes = 8192;
+  static constexpr std::int64_t kNearBytes = 2048;
+
+  static std::int64_t tokens_in(const DecodeProblem& problem, std::int64_t bytes,
+                                std::int64_t most) {
+    const std::int64_t token = RowsPairs::kBytes * problem.kv_heads() * problem.head_dim();
+    return std::clamp<std::int64_t>(2 * (bytes / token), 2, most);
+  }
+
+  // After the values of each quad, its share of the pairs of tokens whose keys are multiplied.
+  HWY_NOINLINE void pass(const Tiles& tiles) {
+    for (std::size_t i = 0; i < quads_.size(); ++i) std::swap(quads_[i].s, products_[i]);
+    find_ahead(tiles);
+    const bool whole = tiles.values.count == kTile && sees_all(tiles.values);
+    const auto quads = static_cast<std::int64_t>(quads_.size());
+    std::int64_t token = 0;
+    for (std::int64_t i = 0; i < quads; ++i) {
+      if (whole) {
+        add_whole(i, tiles);
+      } else if (tiles.values.count > 0) {
+        add_some(i, tiles.values);
+      } else {
+        ask_for_first(i);
+      }
+      const std::int64_t end = std::min(kTile * (i + 1) / quads, tiles.keys.count);
+      for (; token < end; token += 2) multiply_keys(tiles, token);
+    }
+  }
+
+  HWY_INLINE void add_whole(std::int64_t i, const Tiles& tiles) {
+    Quad& quad = quads_[static_cast<std::size_t>(i)];
+    FloatVec p[kWeightVectors];
+    weigh(quad, tiles.values, true, p);
+    store_weight_pairs(p, pairs_);
+    const std::int64_t head = i / quads_of_head_;
+    add_tile<kColumns>(tiles.values.v.data(), head * v_bytes_, v_bytes_, problem_.value_dim(),
+                       opaque(pairs_), ahead_.data() + (head + 1) * kTile, quad.o);
+  }
+
+  HWY_NOINLINE void add_some(std::int64_t i, const Tile& values) {
+    Quad& quad = quads_[static_cast<std::size_t>(i)];
+    FloatVec p[kWeightVectors];
+    weigh(quad, values, false, p);
+    store_weights(p, quad.s);
+    const std::int64_t offset = i / quads_of_head_ * v_bytes_;
+    for (std::int64_t token = 0; token < values.count; ++token) {
+      add_kept<RowsByBlocks>(values.v[static_cast<std::size_t>(token)] + offset,
+                             problem_.value_dim(), quad.s + token / 2 * kLanes + token % 2 * kQuad,
+                             quad.o);
+    }
+  }
+
+  // The rows of V that are asked for, a tile's heads in the order of memory: those of the keys'
+  // tile, and what the last head asks for of the next tile.
+  HWY_INLINE void find_ahead(const Tiles& tiles) {
+    const std::int64_t heads = problem_.kv_heads();
+    const char** to = ahead_.data();
+    const char* const* end = to + ahead_.size();
+    for (const Tile* tile : {&tiles.keys, &tiles.next}) {
+      for (std::size_t token = 0; token < kTile && to < end; token += 2) {
+        const char* even = tile->v[token];
+        const char* odd = tile->v[token + 1];
+        for (std::int64_t head = 0; head < heads && to < end; ++head) {
+          *to++ = even;
+          *to++ = odd;
+          even += v_bytes_;
+          odd += v_bytes_;
+        }
+      }
+    }
+  }
+
+  // The first tile's values, while its keys are multiplied.
+  HWY_NOINLINE void ask_for_first(std::int64_t i) const {
+    const auto first = static_cast<std::size_t>(i / quads_of_head_ * kTile);
+    for (std::size_t j = first; j < first + kTile; ++j) {
+      const char* row = ahead_[j];
+      for (std::int64_t column = 0; column < problem_.value_dim(); column += kLineColumns) {
+        ask<Level::l2>(row + 2 * column);
+      }
+    }
+  }
+
+  // The rows of two keys, some tokens after one of the tile.
+  static HWY_INLINE RowPair rows_at(const Tiles& tiles, std::int64_t token) {
+    const auto& rows = token < kTile ? tiles.keys.k : tiles.next.k;
+    const auto i = static_cast<std::size_t>(token % kTile);
+    return {rows[i], rows[i + 1]};
+  }
+
+  HWY_INLINE void multiply_keys(const Tiles& tiles, std::int64_t token) {
+    RowPair k = rows_at(tiles, token);
+    RowPair near = rows_at(tiles, token + near_);
+    RowPair far = rows_at(tiles, token + far_);
+    const auto step_on = [this](RowPair& rows) HWY_ATTR {
+      rows.even += k_bytes_;
+      rows.odd += k_bytes_;
+    };
+    std::size_t i = 0;
+    for (std::int64_t head = 0; head < problem_.kv_heads(); ++head) {
+      const auto ask_beside = [&](std::int64_t column, int step) HWY_ATTR {
+        if (step == 0) ask<Level::l2>(far.even + 2 * column);
+        if (step == 1) ask<Level::l2>(near.even + 2 * column);
+        if (step == 2) ask<Level::l2>(far.odd + 2 * column);
+        if (step == 3) ask<Level::l2>(near.odd + 2 * column);
+      };
+      for (std::int64_t j = 0; j < quads_of_head_; ++j, ++i) {
+        score_pair<kColumns>(k, problem_.head_dim(), quads_[i].q, ask_beside,
+                             products_[i] + token / 2 * kLanes);
+      }
+      step_on(k);
+      step_on(near);
+      step_on(far);
+    }
+  }
+
+  std::int64_t k_bytes_;  // from a head to the next
+  std::int64_t v_bytes_;
+  std::int64_t near_;  // tokens between what is asked for and what is read
+  std::int64_t far_;
+  std::vector<const char*> ahead_;
+  alignas(64) std::uint32_t pairs_[kWeightPairs];  // weights of one quad
+  std::vector<float*> products_;  // of each quad with the keys; s has those of the values' tokens
+};
+
+inline void decode_heads(const DecodeProblem& problem, const DecodeBlock& block,
+                         const AttentionState& partial, Scratch& scratch) {
+  const auto has = [&](std::int64_t columns) {
+    return problem.head_dim() == columns && problem.value_dim() == columns;
+  };
+  if (has(128)) return DecodeHeads<128>(problem, block, scratch).compute(partial);
+  if (has(64)) return DecodeHeads<64>(problem, block, scratch).compute(partial);
+  DecodeHeads<0>(problem, block, scratch).compute(partial);
+}
+
+}  // namespace annulus::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif  // ANNULUS_PAIRS
+
+#endif  // ANNULUS_CPU_DECODE_HEADS_INL
