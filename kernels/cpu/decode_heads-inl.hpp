@@ -22,7 +22,7 @@ namespace annulus::kernels::HWY_NAMESPACE {
 /// O in the order that pairs of two rows come in: the lower four columns of each block of eight,
 /// then the upper ones.
 struct RowsByBlocks : RowsPairs {
-  static constexpr bool kByHalves = true;
+  static constexpr std::int64_t kStreams = 4;  // of memory, in different pages where they are small
   static std::int64_t place(std::int64_t column) {
     return column % 8 / 4 * kLanes + column / 8 * 4 + column % 4;
   }
@@ -53,7 +53,8 @@ HWY_INLINE void store_weight_pairs(const FloatVec* p, std::uint32_t* to) {
   }
 }
 
-/// Line `i` of those of kTile rows, of which `column` / kLineColumns · kTile have been counted off.
+/// Line `i` of those that are asked for beside the lines of a column: of kTile rows, in their
+/// order.
 template <int kColumns>
 HWY_INLINE const char* line_of(RowAddresses rows, std::int64_t column, int i) {
   constexpr int kLines = kColumns / kLineColumns;
@@ -115,7 +116,7 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
   DecodeHeads(const DecodeProblem& problem, const DecodeBlock& block, Scratch& scratch)
       : PairQuads(problem, block, scratch),
         k_bytes_(problem.k.strides[2] * RowsPairs::kBytes),
-        near_(tokens_in(problem, kNearBytes, kTile / 4)),
+        near_(tokens_in(problem, kNearBytes, kTile / 2)),
         far_(tokens_in(problem, kFarBytes, kTile)),
         v_bytes_(problem.v.strides[2] * RowsPairs::kBytes),
         ahead_(static_cast<std::size_t>((problem.kv_heads() + 1) * kTile)) {
@@ -132,16 +133,17 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
   }
 
  private:
+  static constexpr std::int64_t kStreams = RowsByBlocks::kStreams;
   // What is settled has left L2 meanwhile; weights in bf16 round more than sums of 1,024 tokens do.
   static constexpr std::int64_t kApartTiles = 64;
-  // Keys of each half of a tile that fill this are asked for ahead of their use, and again.
+  // Keys of a stream that fill this are asked for ahead of their use, and again.
   static constexpr std::int64_t kFarBytes = 8192;
   static constexpr std::int64_t kNearBytes = 2048;
 
   static std::int64_t tokens_in(const DecodeProblem& problem, std::int64_t bytes,
                                 std::int64_t most) {
     const std::int64_t token = RowsPairs::kBytes * problem.kv_heads() * problem.head_dim();
-    return std::clamp<std::int64_t>(2 * (bytes / token), 2, most);
+    return std::clamp<std::int64_t>(kStreams * (bytes / token), kStreams, most);
   }
 
   // After the values of each quad, its share of the pairs of tokens whose keys are multiplied.
@@ -194,14 +196,9 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
     const char** to = ahead_.data();
     const char* const* end = to + ahead_.size();
     for (const Tile* tile : {&tiles.keys, &tiles.next}) {
-      for (std::size_t token = 0; token < kTile && to < end; token += 2) {
-        const char* even = tile->v[token];
-        const char* odd = tile->v[token + 1];
+      for (std::size_t token = 0; token < kTile && to < end; token += kStreams) {
         for (std::int64_t head = 0; head < heads && to < end; ++head) {
-          *to++ = even;
-          *to++ = odd;
-          even += v_bytes_;
-          odd += v_bytes_;
+          for (std::size_t i = 0; i < kStreams; ++i) *to++ = tile->v[token + i] + head * v_bytes_;
         }
       }
     }

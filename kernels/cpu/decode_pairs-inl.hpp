@@ -19,7 +19,7 @@ namespace annulus::kernels::HWY_NAMESPACE {
 
 /// O in the order of columns of RowsBf16: the even ones of a line, then the odd ones.
 struct RowsByParity : RowsPairs {
-  static constexpr bool kByHalves = false;
+  static constexpr std::int64_t kStreams = 1;
   static std::int64_t place(std::int64_t column) { return RowsBf16::place(column); }
   static HWY_INLINE void widen(__m512i line, FloatVec* to) {
     to[0] = FloatVec{_mm512_castsi512_ps(_mm512_slli_epi32(line, 16))};

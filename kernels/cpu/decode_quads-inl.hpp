@@ -96,6 +96,17 @@ class DecodeQuads {
   void find(std::int64_t first, Tile& tile) const {
     tile.first = first;
     tile.count = std::clamp<std::int64_t>(tokens_.end - first, 0, kTile);
+    find_run({first, first + tile.count}, 0, 1, tile);
+    // Products read whole quads of keys, and ask for rows of a tile that may be shorter or empty.
+    const auto* nothing = static_cast<const char*>(problem_.q.data);
+    for (auto i = static_cast<std::size_t>(tile.count); i < tile.k.size(); ++i) {
+      tile.k[i] = i > 0 ? tile.k[i - 1] : nothing;
+      tile.v[i] = i > 0 ? tile.v[i - 1] : nothing;
+    }
+  }
+
+  // Addresses of some tokens, to places `at`, `at` + `step` ... of the tile.
+  void find_run(Span tokens, std::size_t at, std::size_t step, Tile& tile) const {
     const auto* table = static_cast<const std::int32_t*>(problem_.page_table.data) +
                         block_.sequence * problem_.max_pages();
     const std::int64_t page_size = problem_.page_size();
@@ -103,24 +114,18 @@ class DecodeQuads {
       return static_cast<const char*>(view.data) +
              (page * view.strides[0] + row * view.strides[1]) * Rows::kBytes;
     };
-    std::int64_t page = first / page_size;
-    std::int64_t row = first % page_size;
-    for (std::int64_t i = 0; i < tile.count; ++page, row = 0) {
-      const std::int64_t end = std::min(tile.count, i + page_size - row);
+    std::int64_t page = tokens.begin / page_size;
+    std::int64_t row = tokens.begin % page_size;
+    for (std::int64_t token = tokens.begin; token < tokens.end; ++page, row = 0) {
+      const std::int64_t end = std::min(tokens.end, token + page_size - row);
       const char* k = address(problem_.k, table[page], row);
       const char* v = address(problem_.v, table[page], row);
-      for (; i < end; ++i) {
-        tile.k[static_cast<std::size_t>(i)] = k;
-        tile.v[static_cast<std::size_t>(i)] = v;
+      for (; token < end; ++token, at += step) {
+        tile.k[at] = k;
+        tile.v[at] = v;
         k += problem_.k.strides[1] * Rows::kBytes;
         v += problem_.v.strides[1] * Rows::kBytes;
       }
-    }
-    // Products read whole quads of keys, and ask for rows of a tile that may be shorter or empty.
-    const auto* nothing = static_cast<const char*>(problem_.q.data);
-    for (auto i = static_cast<std::size_t>(tile.count); i < tile.k.size(); ++i) {
-      tile.k[i] = i > 0 ? tile.k[i - 1] : nothing;
-      tile.v[i] = i > 0 ? tile.v[i - 1] : nothing;
     }
   }
 

@@ -149,6 +149,8 @@ class PairQuads : protected DecodeQuads<Rows> {
   using Base = DecodeQuads<Rows>;
 
  protected:
+  using Base::all_see_;
+  using Base::find_run;
   using Base::o_stride_;
   using Base::problem_;
   using Base::sees_all;
@@ -263,19 +265,22 @@ class PairQuads : protected DecodeQuads<Rows> {
   }
 
  private:
+  // Where every row sees as many tiles as there are to be streams, each is made of a share of them
+  // all: a token of each, then the next one of each.
   void find(std::int64_t first, Tile& tile) const {
     Base::find(first, tile);
-    if (Rows::kByHalves && tile.count == kTile && sees_all(tile)) {
-      alternate_halves(tile.k);
-      alternate_halves(tile.v);
+    if constexpr (Rows::kStreams > 1) {
+      constexpr std::int64_t kStreams = Rows::kStreams;
+      constexpr std::int64_t kRun = kTile / kStreams;
+      const std::int64_t together = kStreams * kTile;
+      const std::int64_t place = (first - tokens_.begin) % together;
+      const Span all{first - place, first - place + together};
+      if (intersect(intersect(tokens_, all_see_), all) != all) return;
+      for (std::int64_t i = 0; i < kStreams; ++i) {
+        const std::int64_t begin = all.begin + i * kTile + place / kTile * kRun;
+        find_run({begin, begin + kRun}, static_cast<std::size_t>(i), kStreams, tile);
+      }
     }
-  }
-
-  // Tokens 0 8 1 9 2 10 ... of a tile that every row sees: read by pairs, each half of the tile is
-  // a stream of memory of its own.
-  static void alternate_halves(TokenRows& rows) {
-    const TokenRows given = rows;
-    for (std::size_t i = 0; i < kTile; ++i) rows[i] = given[i / 2 + i % 2 * (kTile / 2)];
   }
 
   std::array<Tile, 3> tiles_;  // of V, of K, and the next, in turn
