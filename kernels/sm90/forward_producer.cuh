@@ -24,6 +24,10 @@ class ForwardProducer {
  private:
   static constexpr int kNothing = -1;
   static constexpr int kNoValues = -2;
+  // The next tile is taken when so many blocks of this one are still to be loaded: late, or a
+  // multiprocessor with a long tile holds a second one that others could have; early enough for
+  // the ticket to come and be decoded meanwhile.
+  static constexpr int kClaimAhead = 4;
   struct Keys {
     int k_begin = 0, kv_head = 0, batch = 0, segment = kNothing;
   };
@@ -31,13 +35,15 @@ class ForwardProducer {
   __device__ TileWork take_work() {
     mbarrier_wait(&shared_.work_full, work_parity_);
     work_parity_ ^= 1;
-    const TileWork work = shared_.work;
-    mbarrier_arrive(&shared_.work_empty);
-    return work;
+    return shared_.work;
   }
+
+  /// Lets the scheduler take the next ticket.
+  __device__ void release_work() { mbarrier_arrive(&shared_.work_empty); }
 
   __device__ void load_tile(const TileWork& work) {
     int remaining = work.blocks;
+    if (remaining <= kClaimAhead) release_work();
     load_queries(work);
     first_ = kFirstOfTile;
     if (remaining == 0) {  // rows without keys still get their O = 0 and LSE = -inf
@@ -52,6 +58,7 @@ class ForwardProducer {
       for (int k = keys.x + (keys.y - keys.x - 1) / Tile::kBlock * Tile::kBlock; k >= keys.x;
            k -= Tile::kBlock) {
         load_block(work, s, k, --remaining == 0 ? kLastOfTile : 0);
+        if (remaining == kClaimAhead) release_work();
       }
     }
   }
