@@ -132,6 +132,7 @@ void set_tickets(ForwardParams& params, const ForwardWork& work, const Attention
   const std::int64_t per_kv_head = std::max<std::int64_t>(1, params.group_size / params.pack);
   params.section_units = static_cast<std::int32_t>(
       std::clamp<std::int64_t>(kSectionBytes / bytes * per_kv_head, 1, params.units));
+  params.last_entries = work.short_entries;
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
   params.last_tile_first = work.last_tile_first;
 }

@@ -50,8 +50,10 @@ struct ForwardParams {
   unsigned* ticket;              // 0 before and after each launch
 
   // Work: ticket = (section, entry, unit in section), where a unit is one pack of query heads of
-  // one batch row and a section holds as many units as L2 holds keys and values of.
+  // one batch row and a section holds as many units as L2 holds keys and values of. The last
+  // entries, the shortest, come after all sections, so that the blocks end together.
   std::int32_t tickets, entries, units, section_units;
+  std::int32_t last_entries;
   std::int32_t inline_slices;
   bool last_tile_first;  // order of tiles when there is no table
 

@@ -45,13 +45,9 @@ class ForwardScheduler {
     work.ticket = ticket;
     work.blocks = 0;
     if (ticket >= params_.tickets) return work;
-    const int section_tickets = params_.section_units * params_.entries;
-    const int section = ticket / section_tickets;
-    const int rest = ticket - section * section_tickets;
-    const int first_unit = section * params_.section_units;
-    const int units = min(params_.section_units, params_.units - first_unit);
-    const int entry = rest / units;
-    const int unit = first_unit + rest - entry * units;
+    const int2 at = entry_and_unit(ticket);
+    const int entry = at.x;
+    const int unit = at.y;
 
     constexpr int kWarpgroups = Tile::kWarpgroups;
     int batch = -1;
@@ -73,6 +69,22 @@ class ForwardScheduler {
     work.kv_head = (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
     work.blocks = count_blocks(work);
     return work;
+  }
+
+  __device__ int2 entry_and_unit(int ticket) const {
+    const int entries = params_.entries - params_.last_entries;  // of each section
+    const int after_sections = ticket - entries * params_.units;
+    if (after_sections >= 0) {
+      const int entry = after_sections / params_.units;
+      return {entries + entry, after_sections - entry * params_.units};
+    }
+    const int section_tickets = params_.section_units * entries;
+    const int section = ticket / section_tickets;
+    const int rest = ticket - section * section_tickets;
+    const int first_unit = section * params_.section_units;
+    const int units = min(params_.section_units, params_.units - first_unit);
+    const int entry = rest / units;
+    return {entry, first_unit + rest - entry * units};
   }
 
   __device__ int count_blocks(const TileWork& work) const {

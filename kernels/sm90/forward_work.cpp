@@ -77,6 +77,16 @@ void add_entries(ForwardWork& work, std::span<const TileSlice> slices, std::int3
   }
 }
 
+/// How many entries at the end of the order read at most a quarter of the first's keys.
+template <typename KeysOf>
+std::int32_t count_short(std::int32_t entries, const KeysOf& keys_of) {
+  if (entries == 0) return 0;
+  const std::int64_t limit = keys_of(0) / 4;
+  std::int32_t count = 0;
+  while (count < entries && keys_of(entries - 1 - count) <= limit) ++count;
+  return count;
+}
+
 /// A stable order by keys read, so that the last tiles to start are the shortest (Graham, 1969).
 void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile_queries) {
   std::vector<std::int64_t> keys;
@@ -94,6 +104,8 @@ void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile
   std::vector<TileEntry> sorted;
   for (const std::size_t i : order) sorted.push_back(work.entries[i]);
   work.entries = std::move(sorted);
+  work.short_entries = count_short(
+      work.rows(), [&](std::int32_t i) { return keys[order[static_cast<std::size_t>(i)]]; });
 }
 
 }  // namespace
@@ -126,6 +138,11 @@ ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t 
     const std::int64_t last = std::int64_t{work.tiles - 1} * tile_queries;
     work.last_tile_first =
         keys_read(shared, {last, last + tile_queries}) >= keys_read(shared, {0, tile_queries});
+    work.short_entries = count_short(work.tiles, [&](std::int32_t i) {
+      const std::int64_t q_begin =
+          std::int64_t{work.last_tile_first ? work.tiles - 1 - i : i} * tile_queries;
+      return keys_read(shared, {q_begin, std::min(q_begin + tile_queries, seq_q)});
+    });
     return work;
   }
   for (std::int32_t b = 0; b < (work.per_batch ? batch : 1); ++b) {

@@ -13,7 +13,8 @@ struct ForwardWork {
   std::vector<TileEntry> entries;  // empty: `tiles` equal tiles which all meet every slice
   std::int32_t tiles = 0;
   bool last_tile_first = false;
-  bool per_batch = false;  // entries name their batch row
+  std::int32_t short_entries = 0;  // at the end of the order
+  bool per_batch = false;          // entries name their batch row
 
   std::int32_t rows() const {
     return entries.empty() ? tiles : static_cast<std::int32_t>(entries.size());

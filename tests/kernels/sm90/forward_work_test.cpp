@@ -43,6 +43,24 @@ TEST(ForwardWork, FewSlicesNeedNoTable) {
   EXPECT_EQ(computed_pairs(segments, 3, 1000, 128, 128), 36.0 * 128 * 128);
 }
 
+// The shortest tiles of all heads come last: at a causal edge a quarter of them, by a window none.
+TEST(ForwardWork, CountsTheShortTiles) {
+  const auto count = [](const std::vector<Slice>& slices, std::int64_t seq) {
+    const std::vector<ForwardSegment> segments{segment_over({slices, {}}, seq)};
+    return plan_forward(segments, 1, seq, 128).short_entries;
+  };
+  EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {-kUnbounded, 0}}}, 2048), 4);
+  EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {0, kUnbounded}}}, 2048), 4);
+  EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {}}}, 2048), 0);
+  EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {-300, 0}}}, 2048), 0);
+  std::vector<Slice> documents;  // of eight tiles, the first two of which are short
+  for (std::int64_t i = 0; i < 10; ++i) {
+    documents.push_back(
+        {{i * 1024, i * 1024 + 1024}, {i * 1024, i * 1024 + 1024}, {-kUnbounded, 0}});
+  }
+  EXPECT_EQ(count(documents, 10240), 20);
+}
+
 // Every tile appears once; its slices are those that keep a pair of its rows.
 TEST(ForwardWork, TableHoldsEveryTileWithItsSlices) {
   std::mt19937 random(11);
