@@ -69,10 +69,8 @@ class ForwardProducer {
     mbarrier_wait(&shared_.k_empty[stage], k_ring_.parity ^ 1);
     shared_.blocks[stage] = BlockNote{kFirstOfTile | kLastOfTile | kMasked, 0, 0, 0, 0, 0, 0, 0};
     mbarrier_arrive(&shared_.k_full[stage]);
-    k_ring_.advance();
     first_ = 0;
-    load_pending_values();
-    pending_.segment = kNoValues;
+    load_values_of({0, 0, 0, kNoValues});
   }
 
   /// Spins until another agent has filled the segment.
@@ -108,30 +106,38 @@ class ForwardProducer {
     ++tile_;
   }
 
-  /// K of this block, then V of the block before: the order in which they are consumed.
+  /// The copies go first: what is said about the block is worked out while they fly.
   __device__ void load_block(const TileWork& work, const TileSlice& s, int k_begin, int last) {
-    const Keys keys{k_begin, work.kv_head, work.batch, s.segment};
     const int stage = k_ring_.index;
     mbarrier_wait(&shared_.k_empty[stage], k_ring_.parity ^ 1);
-    int flags = first_ | last;
-    const int k_last = k_begin + Tile::kBlock - 1;
-    const bool full = s.q_begin <= work.q_begin && work.q_last < s.q_end && k_last < s.k_end &&
-                      k_last - work.q_begin <= s.hi && k_begin - work.q_last >= s.lo;
-    if (!full) flags |= kMasked;
-    if (Tile::kPassesOver && !full) flags |= unseen_by(work, s, k_begin);
-    if (k_last >= s.k_end && s.k_end < params_.segments[s.segment].length) flags |= kCutAtEnd;
-    shared_.blocks[stage] =
-        BlockNote{flags, k_begin, s.lo, s.hi, s.q_begin, s.q_end, s.k_begin, s.k_end};
-    mbarrier_arrive_expect(&shared_.k_full[stage], sizeof(shared_.k[0]));
+    mbarrier_expect(&shared_.k_full[stage], sizeof(shared_.k[0]));
     for (int box = 0; box < Tile::kQkBoxes; ++box) {
       tma_load(&shared_.k[stage][box * Tile::kBlock * Tile::QkTile::kColumns],
                &params_.segments[s.segment].k, &shared_.k_full[stage], CachePolicy::evict_last,
                box * Tile::QkTile::kColumns, k_begin, work.kv_head, work.batch);
     }
-    k_ring_.advance();
+    shared_.blocks[stage] = BlockNote{flags_of(work, s, k_begin) | first_ | last,
+                                      k_begin,
+                                      s.lo,
+                                      s.hi,
+                                      s.q_begin,
+                                      s.q_end,
+                                      s.k_begin,
+                                      s.k_end};
+    mbarrier_arrive(&shared_.k_full[stage]);
     first_ = 0;
-    load_pending_values();
-    pending_ = keys;
+    load_values_of({k_begin, work.kv_head, work.batch, s.segment});
+  }
+
+  __device__ int flags_of(const TileWork& work, const TileSlice& s, int k_begin) const {
+    const int k_last = k_begin + Tile::kBlock - 1;
+    const bool full = s.q_begin <= work.q_begin && work.q_last < s.q_end && k_last < s.k_end &&
+                      k_last - work.q_begin <= s.hi && k_begin - work.q_last >= s.lo;
+    if (full) return 0;
+    int flags = kMasked;
+    if (Tile::kPassesOver) flags |= unseen_by(work, s, k_begin);
+    if (k_last >= s.k_end && s.k_end < params_.segments[s.segment].length) flags |= kCutAtEnd;
+    return flags;
   }
 
   /// At a causal edge the upper rows of a tile keep nothing of a block, and in a tile over several
@@ -152,25 +158,39 @@ class ForwardProducer {
     return flags;
   }
 
+  /// In the order in which blocks are let go: where the next block's scores run beside these
+  /// values' product, its keys come first.
+  __device__ void load_values_of(const Keys& keys) {
+    if constexpr (Tile::kOverlap) {
+      k_ring_.advance();
+      load_pending_values();
+      pending_ = keys;
+    } else {
+      load_values(keys, k_ring_);
+      k_ring_.advance();
+    }
+  }
+
   __device__ void load_pending_values() {
     if (pending_.segment == kNothing) return;
-    const int stage = v_ring_.index;
-    mbarrier_wait(&shared_.v_empty[stage], v_ring_.parity ^ 1);
-    if (pending_.segment == kNoValues) {
-      mbarrier_arrive(&shared_.v_full[stage]);
-      v_ring_.advance();
-      pending_.segment = kNothing;
-      return;
-    }
-    mbarrier_arrive_expect(&shared_.v_full[stage], sizeof(shared_.v[0]));
-    for (int box = 0; box < Tile::kVBoxes; ++box) {
-      tma_load(&shared_.v[stage][box * Tile::kBlock * Tile::VTile::kColumns],
-               &params_.segments[pending_.segment].v, &shared_.v_full[stage],
-               CachePolicy::evict_last, box * Tile::VTile::kColumns, pending_.k_begin,
-               pending_.kv_head, pending_.batch);
-    }
+    load_values(pending_, v_ring_);
     v_ring_.advance();
     pending_.segment = kNothing;
+  }
+
+  __device__ void load_values(const Keys& keys, const Ring<Tile::kStages>& ring) {
+    const int stage = ring.index;
+    mbarrier_wait(&shared_.v_empty[stage], ring.parity ^ 1);
+    if (keys.segment == kNoValues) {
+      mbarrier_arrive(&shared_.v_full[stage]);
+    } else {
+      mbarrier_arrive_expect(&shared_.v_full[stage], sizeof(shared_.v[0]));
+      for (int box = 0; box < Tile::kVBoxes; ++box) {
+        tma_load(&shared_.v[stage][box * Tile::kBlock * Tile::VTile::kColumns],
+                 &params_.segments[keys.segment].v, &shared_.v_full[stage], CachePolicy::evict_last,
+                 box * Tile::VTile::kColumns, keys.k_begin, keys.kv_head, keys.batch);
+      }
+    }
   }
 
   __device__ void announce_end() {

@@ -18,14 +18,15 @@ struct ForwardTile {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kPingPong = kPingPong_;  // the warpgroups issue in turns
   static constexpr bool kOverlap = kOverlap_;    // softmax runs beside the block before's P·V
-  // Each warpgroup passes over the blocks at a tile's begin that it sees nothing of; where they take
-  // turns, waiting for one's turn costs what this saves.
+  // Each warpgroup passes over the blocks at a tile's begin that it sees nothing of; where they
+  // take turns, waiting for one's turn costs what this saves.
   static constexpr bool kPassesOver = !kOverlap && !kPingPong;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
   // A block gets 168 registers a thread with 384 threads and 128 with 512: what the producer gives
-  // up is all that the consumers can get, and asking for more waits for ever.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 240 : 160;
+  // up is all that the consumers can get, and asking for more waits for ever. Each side that has
+  // too few spills them.
+  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : kHeadDim < 256 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : kHeadDim < 256 ? 224 : 232;
   static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
                 (kWarpgroups == 2 ? 168 * 3 : 128 * 4));
 

@@ -38,6 +38,14 @@ __device__ inline void mbarrier_arrive(std::uint64_t* barrier) {
   mbarrier_arrive(shared_address(barrier));
 }
 
+/// Announces `bytes` of copies that complete on this barrier; the arrival comes later.
+__device__ inline void mbarrier_expect(std::uint64_t* barrier, std::uint32_t bytes) {
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
 /// One arrival, which also announces `bytes` of copies that complete on this barrier.
 __device__ inline void mbarrier_arrive_expect(std::uint64_t* barrier, std::uint32_t bytes) {
   asm volatile(
