@@ -44,7 +44,8 @@ class ForwardProducer {
   __device__ void load_tile(const TileWork& work) {
     int remaining = work.blocks;
     if (remaining <= kClaimAhead) release_work();
-    load_queries(work);
+    if (!queries_ahead_) load_queries(work);
+    queries_ahead_ = false;
     first_ = kFirstOfTile;
     if (remaining == 0) {  // rows without keys still get their O = 0 and LSE = -inf
       announce_empty_block();
@@ -59,6 +60,7 @@ class ForwardProducer {
            k -= Tile::kBlock) {
         load_block(work, s, k, --remaining == 0 ? kLastOfTile : 0);
         if (remaining == kClaimAhead) release_work();
+        if (remaining < kClaimAhead) load_queries_ahead();
       }
     }
   }
@@ -83,6 +85,14 @@ class ForwardProducer {
     } while (static_cast<std::int32_t>(value - kv.ready_value) < 0);
     fence_async_global();
     seen_ready_ |= 1U << segment;
+  }
+
+  /// The next tile's, as soon as the tile is known.
+  __device__ void load_queries_ahead() {
+    if (Tile::kQueryBuffers == 1 || queries_ahead_) return;
+    if (!mbarrier_test(&shared_.work_full, work_parity_)) return;
+    if (shared_.work.ticket < params_.tickets) load_queries(shared_.work);
+    queries_ahead_ = true;
   }
 
   __device__ void load_queries(const TileWork& work) {
@@ -211,6 +221,7 @@ class ForwardProducer {
   unsigned tile_ = 0;
   unsigned seen_ready_ = 0;
   int first_ = 0;
+  bool queries_ahead_ = false;
 };
 
 }  // namespace annulus::kernels::sm90
