@@ -47,6 +47,15 @@ __device__ inline void transpose_quad(std::uint32_t (&w)[4]) {
   }
 }
 
+/// An accumulator without keys may hold 0·NaN.
+template <int kCount>
+__device__ inline void clear_if(bool empty, float (&o)[kCount], int row) {
+#pragma unroll
+  for (int i = 2 * row; i < kCount; i += 4) {
+    if (empty) o[i] = o[i + 1] = 0.0F;
+  }
+}
+
 /// Writes a row in 16-byte pieces; every lane of a quad takes part.
 template <typename Element, int kCount>
 __device__ inline void store_row(const float (&o)[kCount], int row, float factor, Element* out,
@@ -152,10 +161,58 @@ __device__ inline void finish_row(const ForwardParams& params, float (&o)[kCount
   }
 }
 
+/// Lanes 2i and 2i + 1 swap halves: of two words of eight columns each, the even lane ends with
+/// both lanes' first word and the odd lane with both second ones. A quad then holds a sector of a
+/// row.
+__device__ inline uint2 swap_halves(std::uint32_t first, std::uint32_t second) {
+  const bool odd = (threadIdx.x & 1U) != 0;
+  const std::uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? first : second, 1);
+  return odd ? make_uint2(other, second) : make_uint2(first, other);
+}
+
+/// O and LSE alone, which most calls want, both rows side by side: half the instructions.
+template <typename Element, int kCount>
+__device__ inline void finish_plain(const ForwardParams& params, const OutputRow (&at)[2],
+                                    float (&o)[kCount], const RowStatistics& rows) {
+  const unsigned lane = threadIdx.x % 4;
+  float norm[2];
+  Element* out[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float sum = quad_sum(rows.sum[row]);
+    const bool empty = rows.max[row] == -INFINITY && !(sum > 0.0F);
+    norm[row] = empty ? 0.0F : __fdividef(1.0F, sum);
+    if (__any_sync(0xffffffffU, empty)) [[unlikely]]
+      clear_if(empty, o, row);
+    out[row] = static_cast<Element*>(params.o) + offset_of(params.o_strides, at[row]) +
+               lane % 2 * 8 + lane / 2 * 4;
+    if (params.lse != nullptr && at[row].valid && lane == 0) {
+      params.lse[offset_of(params.lse_strides, at[row])] =
+          empty ? -INFINITY : (rows.max[row] * params.exp_scale + __log2f(sum)) * kLn2;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i += 8) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float* x = &o[i + 2 * row];
+      const float f = norm[row];
+      const uint2 words = swap_halves(pack_pair<Element>(x[0] * f, x[1] * f),
+                                      pack_pair<Element>(x[4] * f, x[5] * f));
+      if (at[row].valid) *reinterpret_cast<uint2*>(out[row] + i * 2) = words;
+    }
+  }
+}
+
 template <typename Element, int kCount>
 __device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
                                    float (&o)[kCount], const RowStatistics& rows) {
   const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+  if (params.plain) {
+    const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
+                             output_row(params, tile, warpgroup, local_row + 8)};
+    return finish_plain<Element>(params, at, o, rows);
+  }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const OutputRow at = output_row(params, tile, warpgroup, local_row + 8 * row);

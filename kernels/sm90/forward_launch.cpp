@@ -104,6 +104,8 @@ void set_outputs(ForwardParams& params, const ForwardCall& call) {
       params.lse_strides = head_strides(call.log_sum_exp);
     }
   }
+  params.plain =
+      params.o != nullptr && !params.output_f32 && !params.resume && params.sinks == nullptr;
   if (call.state.accumulator) {
     params.accumulator = static_cast<float*>(call.state.accumulator.data);
     params.row_max = static_cast<float*>(call.state.row_max.data);

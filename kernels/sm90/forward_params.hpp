@@ -65,6 +65,7 @@ struct ForwardParams {
   float exp_scale;    // log2(e) times scale, or times cap
   bool resume;        // merge the state that is there
   bool output_f32;
+  bool plain;  // nothing to merge: o and lse in the element type
 
   const float* sinks;  // null: none, or already in the state
   void* o;             // null: not the last step

@@ -41,16 +41,19 @@ struct DeviceTensor {
   }
 };
 
-/// fp32 on the device, filled with NaN.
+/// Numbers on the device, fp32 unless said, filled with NaN.
 struct DeviceFloats {
   Shape shape;
+  DType dtype;
   Buffer memory;
 
-  explicit DeviceFloats(const Shape& shape_)
-      : shape(shape_), memory(Device::cuda, std::max<std::int64_t>(shape_.elements(), 1) * 4) {
+  explicit DeviceFloats(const Shape& shape_, DType dtype_ = DType::f32)
+      : shape(shape_),
+        dtype(dtype_),
+        memory(Device::cuda, std::max<std::int64_t>(shape_.elements(), 1) * size_bytes(dtype_)) {
     fill_bytes(memory.data(), Device::cuda, 0xff, memory.bytes());
   }
-  TensorView view() const { return {memory.data(), DType::f32, shape, Device::cuda}; }
+  TensorView view() const { return {memory.data(), dtype, shape, Device::cuda}; }
   std::vector<float> fetched() const {
     std::vector<float> values(static_cast<std::size_t>(shape.elements()));
     if (!values.empty()) copy(view(), TensorView(values.data(), DType::f32, shape));

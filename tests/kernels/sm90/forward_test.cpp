@@ -21,7 +21,8 @@ struct Case {
   float soft_cap = 0.0F;
   bool sinks = false;
   int segments = 1;
-  bool ring = false;  // one call a segment, with carried state
+  bool ring = false;        // one call a segment, with carried state
+  bool wide_output = true;  // fp32, or the type of the inputs
 };
 
 struct Reference {
@@ -49,7 +50,7 @@ class Problem {
         v(Shape{c.batch, c.seq_kv, c.kv_heads, c.value_dim}, c.dtype, random),
         o_shape{c.batch, c.seq_q, c.q_heads, c.value_dim},
         lse_shape{c.batch, c.q_heads, c.seq_q},
-        o(o_shape),
+        o(o_shape, c.wide_output ? DType::f32 : c.dtype),
         lse(lse_shape),
         slices_(std::move(slices)),
         sinks_(static_cast<std::size_t>(c.q_heads)),
@@ -203,6 +204,7 @@ Case random_case(std::mt19937& random) {
   c.sinks = random() % 4 == 0;
   c.segments = c.seq_kv < 8 ? 1 : static_cast<int>(pick(random, {1, 1, 2, 4, 8}));
   c.ring = random() % 2 == 0;
+  c.wide_output = random() % 3 == 0;
   return c;
 }
 
@@ -218,7 +220,7 @@ TEST_F(Sm90, MatchesTheReferenceOnRandomShapes) {
                  << "x" << c.q_heads << " kv " << c.seq_kv << "x" << c.kv_heads << " dim "
                  << c.head_dim << "/" << c.value_dim << " " << name(c.dtype) << " cap "
                  << c.soft_cap << " sinks " << c.sinks << " segments " << c.segments << " ring "
-                 << c.ring);
+                 << c.ring << " wide output " << c.wide_output);
     const Problem problem(c, random_slices(random, c.seq_q, c.seq_kv), random);
     run(problem, c);
     problem.expect_close();
