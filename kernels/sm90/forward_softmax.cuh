@@ -71,15 +71,35 @@ __device__ inline RowWindow row_window(const BlockNote& note, int q) {
   return {begin, static_cast<unsigned>(max(end - begin, 0))};
 }
 
+/// How many of a thread's elements of a row lie left of a column.
+__device__ inline int elements_before(int column) {
+  const int x = column - static_cast<int>(threadIdx.x % 4) * 2;
+  return (x >> 3) * 2 + min(x & 7, 2);
+}
+
+/// Bits [begin, end) of 32, bounds outside of which count as 0 or 32.
+__device__ inline unsigned bits_between(int begin, int end) {
+  const int first = max(begin, 0);
+  unsigned bits;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(first), "r"(max(end - first, 0)));
+  return bits;
+}
+
+/// By a bit for each element, which cost less than a comparison each.
 template <int kCount>
 __device__ inline void mask_scores(float (&s)[kCount], const RowWindow (&windows)[2]) {
-  const int column = static_cast<int>(threadIdx.x % 4) * 2;
-  const int shift[2] = {column - windows[0].begin, column - windows[1].begin};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int row = (i / 2) % 2;
-    const unsigned offset = static_cast<unsigned>(i / 4 * 8 + i % 2 + shift[row]);
-    if (offset >= windows[row].count) s[i] = -INFINITY;
+  for (int row = 0; row < 2; ++row) {
+    const int begin = elements_before(windows[row].begin);
+    const int end = elements_before(windows[row].begin + static_cast<int>(windows[row].count));
+#pragma unroll
+    for (int base = 0; base < kCount / 2; base += 32) {
+      const unsigned kept = bits_between(begin - base, end - base);
+#pragma unroll
+      for (int i = base; i < min(base + 32, kCount / 2); ++i) {
+        if ((kept >> (i - base) & 1U) == 0) s[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
+      }
+    }
   }
 }
 
