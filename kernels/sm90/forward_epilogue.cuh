@@ -122,7 +122,7 @@ __device__ inline void finish_row(const ForwardParams& params, float (&o)[kCount
     max = both;
   }
   // A zero sum comes with an accumulator that may hold 0·NaN.
-  bool empty = !(sum > 0.0F) && max == -INFINITY;
+  bool empty = sum == 0.0F && max == -INFINITY;  // a sum that is no number stays one
   bool no_values = empty;
   if (params.sinks != nullptr && at.valid) {
     const float sink = params.sinks[at.head] * kLog2E;
@@ -180,7 +180,7 @@ __device__ inline void finish_plain(const ForwardParams& params, const OutputRow
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float sum = quad_sum(rows.sum[row]);
-    const bool empty = rows.max[row] == -INFINITY && !(sum > 0.0F);
+    const bool empty = rows.max[row] == -INFINITY && sum == 0.0F;
     norm[row] = empty ? 0.0F : __fdividef(1.0F, sum);
     if (__any_sync(0xffffffffU, empty)) [[unlikely]]
       clear_if(empty, o, row);

@@ -228,6 +228,21 @@ TEST_F(Sm90, MatchesTheReferenceOnRandomShapes) {
   }
 }
 
+TEST_F(Sm90, KeysOfNanShowInTheRowsThatSeeThem) {
+  std::mt19937 random(8);
+  for (const std::int64_t dim : {64, 128, 256}) {
+    Case c{1, 40, 40, 1, 1, dim, dim, DType::bf16};
+    c.wide_output = false;
+    const Problem problem(c, causal_slices(40, 40), random);
+    fill_bytes(problem.k.view.slice(1, {7, 8}).data, Device::cuda, 0xff, 2 * dim);
+    run(problem, c);
+    const std::vector<float> o = problem.o.fetched();
+    for (std::int64_t i = 0; i < 40 * dim; ++i) {
+      ASSERT_EQ(std::isnan(o[static_cast<std::size_t>(i)]), i / dim >= 7) << "dim " << dim;
+    }
+  }
+}
+
 TEST_F(Sm90, RepeatsBitForBit) {
   std::mt19937 random(5);
   const Case c{2, 700, 700, 8, 2, 128, 128, DType::bf16};
