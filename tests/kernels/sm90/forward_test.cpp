@@ -228,6 +228,48 @@ TEST_F(Sm90, MatchesTheReferenceOnRandomShapes) {
   }
 }
 
+std::vector<Slice> documents(std::int64_t seq, std::int64_t length) {
+  std::vector<Slice> slices;
+  for (std::int64_t begin = 0; begin < seq; begin += length) {
+    const std::int64_t end = std::min(seq, begin + length);
+    slices.push_back({{begin, end}, {begin, end}, {-kUnbounded, 0}});
+  }
+  return slices;
+}
+
+// More tiles than multiprocessors: each block walks several, the shortest of all heads last. A
+// batch row alone leaves every block one tile at most.
+TEST_F(Sm90, ManyTilesABlockGiveWhatOneDoes) {
+  std::mt19937 random(7);
+  for (const std::int64_t dim : {64, 96, 128, 192, 256}) {
+    for (const std::vector<Slice>& slices :
+         {causal_slices(700, 700), documents(700, 90), documents(700, 350),
+          std::vector<Slice>{{{0, 700}, {0, 700}, {}}},
+          std::vector<Slice>{{{0, 700}, {0, 700}, {-100, 20}}}}) {
+      Case c{20, 700, 700, 8, 1, dim, dim, DType::bf16};
+      c.wide_output = false;
+      const Problem problem(c, slices, random);
+      run(problem, c);
+      const std::vector<float> together = problem.o.fetched();
+      const std::vector<float> lse_together = problem.lse.fetched();
+      for (const DeviceFloats* part : {&problem.o, &problem.lse}) {
+        fill_bytes(part->memory.data(), Device::cuda, 0xff, part->memory.bytes());
+      }
+      for (std::int64_t row = 0; row < c.batch; ++row) {
+        ForwardCall call = problem.on_device();
+        for (auto* view : {&call.problem.q, &call.problem.k, &call.problem.v}) {
+          *view = view->slice(0, {row, row + 1});
+        }
+        call.o = call.o.slice(0, {row, row + 1});
+        call.log_sum_exp = call.log_sum_exp.slice(0, {row, row + 1});
+        attention_forward(call, "sm90");
+      }
+      ASSERT_EQ(problem.o.fetched(), together) << "dim " << dim << ", " << slices.size();
+      ASSERT_EQ(problem.lse.fetched(), lse_together) << "dim " << dim << ", " << slices.size();
+    }
+  }
+}
+
 TEST_F(Sm90, KeysOfNanShowInTheRowsThatSeeThem) {
   std::mt19937 random(8);
   for (const std::int64_t dim : {64, 128, 256}) {
