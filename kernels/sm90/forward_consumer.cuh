@@ -147,8 +147,9 @@ class ForwardConsumer {
     }
   }
 
-  /// Blocks at a tile's begin, besides its last, of which none of this warpgroup's rows keeps a key:
-  /// what the upper rows meet at a causal edge, and most rows of a tile over several documents.
+  /// Blocks at a tile's begin, besides its last, of which none of this warpgroup's rows keeps a
+  /// key: what the upper rows meet at a causal edge, and most rows of a tile over several
+  /// documents.
   __device__ int pass_over_unseen(int flags) {
     while ((flags & (kUnseen << warpgroup_ | kLastOfTile)) == kUnseen << warpgroup_) {
       release_keys();
