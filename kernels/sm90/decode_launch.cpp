@@ -45,7 +45,9 @@ CUtensorMap cache_map(const ConstTensorView& cache, int columns, int box) {
   return make_tensor_map<4>(
       cache.data, cache.dtype,
       {MapDim{cache.shape[3], 1, columns}, MapDim{cache.shape[1], cache.strides[1], box},
-       MapDim{cache.shape[2], cache.strides[2], 1}, MapDim{cache.shape[0], cache.strides[0], 1}});
+       MapDim{cache.shape[2], cache.strides[2], 1}, MapDim{cache.shape[0], cache.strides[0], 1}},
+      // A box's rows are 128 bytes: with 256 each is asked of L2 twice, which then binds.
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeVariant& variant) {

@@ -31,7 +31,8 @@ CUtensorMapDataType map_type(DType dtype) {
 }  // namespace
 
 template <std::size_t kRank>
-CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapDim, kRank>& dims) {
+CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapDim, kRank>& dims,
+                            CUtensorMapL2promotion promotion) {
   const std::int64_t bytes = size_bytes(dtype);
   std::array<cuuint64_t, kRank> extents{};
   std::array<cuuint64_t, kRank - 1> strides{};
@@ -51,7 +52,7 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapD
       encoder()(&map, map_type(dtype), kRank, const_cast<void*>(data), extents.data(),
                 strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
                 dims[0].box * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     std::string shape;
     for (const MapDim& dim : dims) shape += fmt::format(" {}@{}", dim.extent, dim.stride);
@@ -62,7 +63,9 @@ CUtensorMap make_tensor_map(const void* data, DType dtype, const std::array<MapD
   return map;
 }
 
-template CUtensorMap make_tensor_map<4>(const void*, DType, const std::array<MapDim, 4>&);
-template CUtensorMap make_tensor_map<5>(const void*, DType, const std::array<MapDim, 5>&);
+template CUtensorMap make_tensor_map<4>(const void*, DType, const std::array<MapDim, 4>&,
+                                        CUtensorMapL2promotion);
+template CUtensorMap make_tensor_map<5>(const void*, DType, const std::array<MapDim, 5>&,
+                                        CUtensorMapL2promotion);
 
 }  // namespace annulus::kernels::sm90
