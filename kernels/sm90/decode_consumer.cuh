@@ -10,7 +10,7 @@ namespace annulus::kernels::sm90 {
 __device__ inline TokenRange row_range(const DecodeParams& p, const DecodeUnit& unit,
                                        int local_row) {
   if (local_row >= unit.rows) return {unit.key_begin, unit.key_end};
-  const int query = (unit.first_row + local_row) / p.pack;
+  const int query = divide(unit.first_row + local_row, p.pack);
   return DecodeSequence(p, unit.sequence).visible(p, query, query);
 }
 
@@ -80,6 +80,7 @@ class DecodeConsumer {
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
+      shared_.run.find_pieces(unit);
       load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q, thread_, kThreads);
       const int local_row = thread_ / 32 * 16 + thread_ % 32 / 4;
       const TokenRange ranges[2] = {row_range(params_, unit, local_row),

@@ -14,9 +14,9 @@ struct DecodeRow {
 
   __device__ DecodeRow(const DecodeParams& p, const DecodeUnit& unit, int row) {
     const int at = unit.first_row + row;
-    const int query = at / p.pack;
+    const int query = divide(at, p.pack);
     token = unit.query_begin + query;
-    head = unit.part * p.pack + at - query * p.pack;
+    head = unit.part * p.pack.value + at - query * p.pack.value;
   }
   __device__ std::int64_t offset(const TokenStrides& strides) const {
     return token * strides.token + head * strides.head;
@@ -150,7 +150,7 @@ __device__ inline MergedRow merge_row(const DecodeParams& p, const DecodeUnit& u
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int piece = min(first + i, unit.pieces - 1);
-      const std::int64_t at = partial_slot(p, unit, lane, piece) * p.tile_rows + row;
+      const std::int64_t at = partial_slot(p, unit, lane, piece) * kTileRows + row;
       statistics[i] = __ldcg(p.partial_statistics + at);
       values[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_o + at * kValueDim + column));
     }
@@ -182,7 +182,7 @@ template <int kValueDim, int kCount>
 __device__ inline void write_partial(const DecodeParams& p, std::int64_t slot,
                                      const float (&o)[kCount], int row, int local_row, float max2,
                                      float sum, int column) {
-  const std::int64_t at = slot * p.tile_rows + local_row;
+  const std::int64_t at = slot * kTileRows + local_row;
   store_row_f32(o, row, 1.0F, p.partial_o + at * kValueDim + column);
   if (column == 0 && threadIdx.x % 4 == 0) p.partial_statistics[at] = make_float2(max2, sum);
 }

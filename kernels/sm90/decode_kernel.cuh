@@ -32,10 +32,6 @@ __device__ WorkWalker start_block(const DecodeParams& params, Shared& shared, in
   return WorkWalker(params, shared.run, lane, Tile::kBlock);
 }
 
-__device__ inline int warp_of_block() {
-  return __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
-}
-
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
@@ -83,11 +79,7 @@ void launch_decode_kernel(const DecodeParams& params, int blocks, cudaStream_t s
 template <template <typename> typename Tile>
 DecodeVariant decode_variant(DType dtype) {
   using Half = Tile<__half>;
-  return {Half::kBlock,
-          Half::Layout::kColumns,
-          Half::Layout::kColumns,
-          kWarpgroupRows,
-          Half::kValueDim,
+  return {Half::kBlock, Half::Layout::kColumns, Half::Layout::kColumns, Half::kValueDim,
           dtype == DType::bf16 ? launch_decode_kernel<Tile<__nv_bfloat16>>
                                : launch_decode_kernel<Half>};
 }

@@ -39,9 +39,8 @@ void launch(const DecodeParams& params, int blocks, cudaStream_t stream) {
 
 DecodeVariant decode_latent(DType dtype) {
   using Tile = LatentTile<__half>;
-  return {Tile::kBlock,           Tile::Layout::kColumns,
-          Tile::Layout::kColumns, kWarpgroupRows,
-          Tile::kValueDim,        dtype == DType::bf16 ? launch<__nv_bfloat16> : launch<__half>};
+  return {Tile::kBlock, Tile::Layout::kColumns, Tile::Layout::kColumns, Tile::kValueDim,
+          dtype == DType::bf16 ? launch<__nv_bfloat16> : launch<__half>};
 }
 
 }  // namespace annulus::kernels::sm90

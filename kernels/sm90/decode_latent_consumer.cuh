@@ -62,7 +62,10 @@ class LatentConsumer {
     named_barrier_sync(kBothBarrier, 2 * kThreads);
     if (thread_of_both() == 0) {
       shared_.more = shared_.walker.at.next(shared_.unit) ? 1 : 0;
-      if (shared_.more != 0) end_with_last_block<Tile>(shared_.unit);
+      if (shared_.more != 0) {
+        shared_.run.find_pieces(shared_.unit);
+        end_with_last_block<Tile>(shared_.unit);
+      }
     }
     named_barrier_sync(kBothBarrier, 2 * kThreads);
     if (shared_.more == 0) return false;

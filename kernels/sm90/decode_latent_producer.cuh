@@ -11,10 +11,7 @@ template <typename Tile, int kSide>
 class LatentBoxProducer {
  public:
   __device__ LatentBoxProducer(const DecodeParams& params, LatentShared<Tile>& shared)
-      : params_(params),
-        shared_(shared),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        box_rows_(Tile::kBlock / params.box_tokens) {}
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
@@ -46,7 +43,7 @@ class LatentBoxProducer {
   }
 
   __device__ bool has_box(int i, int token, const DecodeUnit& unit) const {
-    return lane_ + 32 * i < box_rows_ * kBoxes && token_of(i, token) < unit.key_end;
+    return lane_ + 32 * i < params_.boxes * kBoxes && token_of(i, token) < unit.key_end;
   }
 
   __device__ void find_pages(const DecodeUnit& unit, int token) {
@@ -54,14 +51,16 @@ class LatentBoxProducer {
         params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
 #pragma unroll
     for (int i = 0; i < kBoxesPerLane; ++i) {
-      if (has_box(i, token, unit)) pages_[i] = table[token_of(i, token) / params_.page_size];
+      if (!has_box(i, token, unit)) continue;
+      const int page = divide(token_of(i, token), params_.page_size);
+      pages_[i] = table[page];
+      rows_[i] = token_of(i, token) - page * params_.page_size.value;
     }
   }
 
   /// The second block of a pair may lie behind the end: nothing comes then, and all is cleared.
   __device__ void load(const DecodeUnit& unit, int token, int of) {
-    const int wanted = (unit.key_end - token + params_.box_tokens - 1) / params_.box_tokens;
-    const int rows = max(0, min(wanted, box_rows_)) * params_.box_tokens;
+    const int rows = loaded_rows(params_, unit, token, Tile::kBlock);
     if (lane_ < kBoxes) {
       mbarrier_arrive_expect(&shared_.full[of][kFirstBox + lane_],
                              static_cast<std::uint32_t>(rows * Tile::Layout::kColumns * 2));
@@ -74,15 +73,14 @@ class LatentBoxProducer {
       const int row = (lane_ + 32 * i) / kBoxes * params_.box_tokens;
       tma_load(shared_.k[of] + box * Tile::kBoxElements + row * Tile::Layout::kColumns, &params_.k,
                &shared_.full[of][box], static_cast<CachePolicy>(params_.policy),
-               box * Tile::Layout::kColumns, token_of(i, token) % params_.page_size,
-               unit.part / params_.parts_per_kv_head, pages_[i]);
+               box * Tile::Layout::kColumns, rows_[i], unit.kv_head, pages_[i]);
     }
   }
 
   const DecodeParams& params_;
   LatentShared<Tile>& shared_;
-  const int lane_, box_rows_;
-  int pages_[kBoxesPerLane] = {};
+  const int lane_;
+  int pages_[kBoxesPerLane] = {}, rows_[kBoxesPerLane] = {};
 };
 
 /// A warpgroup gathers token by token.

@@ -1,6 +1,7 @@
 #include "kernels/sm90/decode_launch.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "kernels/cuda/check.hpp"
@@ -27,6 +28,12 @@ TokenStrides token_strides(const TensorView& view) { return {view.strides[0], vi
 /// [.., heads, tokens]
 TokenStrides head_strides(const TensorView& view, int heads) {
   return {view.strides[heads + 1], view.strides[heads]};
+}
+
+Divisor divisor(std::int32_t value) {
+  const std::uint64_t by = static_cast<std::uint64_t>(std::max(value, 1));
+  const int shift = 31 + static_cast<int>(std::bit_width(by - 1));
+  return {value, static_cast<std::uint32_t>((std::uint64_t{1} << shift) / by + 1), shift};
 }
 
 PageStrides page_strides(const ConstTensorView& cache) {
@@ -56,10 +63,11 @@ void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeV
   params.k_strides = page_strides(problem.k);
   params.v_strides = page_strides(problem.v);
   params.pages = narrow(problem.k.shape[0]);
-  params.page_size = narrow(problem.page_size());
+  params.page_size = divisor(narrow(problem.page_size()));
   params.max_pages = narrow(problem.max_pages());
   narrow(problem.max_pages() * problem.page_size());
   params.box_tokens = box_tokens(problem, variant.block);
+  params.boxes = params.box_tokens == 0 ? 0 : variant.block / params.box_tokens;
   params.alignment = problem.max_pages() == 1 ? 1 : std::max(params.box_tokens, 1);
   if (params.box_tokens == 0 || params.pages == 0) return;
   params.k = cache_map(problem.k, variant.k_columns, params.box_tokens);
@@ -90,22 +98,22 @@ void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
 }
 
 /// Query heads that share a tile, and how many thread blocks read the same keys side by side.
-void set_parts(DecodeParams& params, const DecodeProblem& problem, const DecodeVariant& variant,
-               int multiprocessors) {
+void set_parts(DecodeParams& params, const DecodeProblem& problem, int multiprocessors) {
   const std::int64_t group = problem.group_size();
-  const std::int64_t pack = group % variant.tile_rows == 0 ? variant.tile_rows : group;
-  params.tile_rows = variant.tile_rows;
-  params.pack = narrow(pack);
+  const std::int64_t pack = group % kTileRows == 0 ? kTileRows : group;
+  params.pack = divisor(narrow(pack));
   params.parts = narrow(problem.q_heads() / pack);
-  params.parts_per_kv_head = narrow(group / pack);
+  params.parts_per_kv_head = divisor(narrow(group / pack));
   params.lanes = 1;
   for (std::int32_t lanes = 2; lanes <= std::min(params.parts, multiprocessors); ++lanes) {
     const int used = multiprocessors / lanes * lanes;
     if (params.parts % lanes == 0 && used * 10 >= multiprocessors * 9) params.lanes = lanes;
   }
+  params.rounds = params.parts / params.lanes;
+  narrow((problem.tokens() * pack / kTileRows + problem.sequences()) * params.rounds);  // units
   // Parts of one KV head that go side by side read its keys at the same time.
-  const bool read_once = params.parts_per_kv_head <= params.lanes && problem.max_rows > 0 &&
-                         problem.max_rows * pack <= variant.tile_rows;
+  const bool read_once = params.parts_per_kv_head.value <= params.lanes && problem.max_rows > 0 &&
+                         problem.max_rows * pack <= kTileRows;
   params.policy = read_once ? kEvictFirst : kEvictNormal;
 }
 
@@ -154,12 +162,11 @@ void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
   DecodeParams params{};
   set_cache(params, problem, variant);
   set_sequences(params, problem);
-  set_parts(params, problem, variant, processors);
+  set_parts(params, problem, processors);
   set_scale(params, problem);
   set_outputs(params, call);
   const int blocks = processors / params.lanes * params.lanes;
-  const DecodeScratch scratch =
-      decode_scratch(stream, blocks, variant.tile_rows, variant.value_dim);
+  const DecodeScratch scratch = decode_scratch(stream, blocks, kTileRows, variant.value_dim);
   params.partial_o = scratch.partial_o;
   params.partial_statistics = scratch.partial_statistics;
   params.arrivals = scratch.arrivals;

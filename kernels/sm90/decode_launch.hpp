@@ -15,7 +15,6 @@ struct DecodeVariant {
   int block;      // keys at a time
   int k_columns;  // of a box in shared memory
   int v_columns;
-  int tile_rows;
   int value_dim;
   void (*launch)(const DecodeParams& params, int blocks, cudaStream_t stream);
 };

@@ -18,14 +18,26 @@ struct PageStrides {
   std::int64_t page, token, head;
 };
 
+/// What the device divides by: n / value = n · factor / 2^shift for 0 <= n < 2^31, where the factor
+/// is the least above 2^shift / value (Granlund and Montgomery, 1994).
+struct Divisor {
+  std::int32_t value;
+  std::uint32_t factor;
+  std::int32_t shift;
+};
+
+/// Rows of a tile: a warpgroup's.
+inline constexpr int kTileRows = 64;
+
 struct DecodeParams {
   CUtensorMap k;  // (head_dim, page_size, kv_heads, pages), boxes of box_tokens tokens
   CUtensorMap v;
   const char* k_data;  // for pages that the copy engine cannot read
   const char* v_data;
   PageStrides k_strides, v_strides;
-  std::int32_t box_tokens;  // 0: pages are gathered token by token
-  std::int32_t alignment;   // loads begin at multiples of it: a box never leaves its page
+  std::int32_t box_tokens;  // a power of two; 0: pages are gathered token by token
+  std::int32_t boxes;       // in a block of keys
+  std::int32_t alignment;   // loads begin at multiples of this power: a box never leaves its page
   std::uint64_t policy;     // of L2
 
   const void* q;  // [tokens, q_heads, head_dim]
@@ -34,13 +46,15 @@ struct DecodeParams {
   const std::int32_t* lengths;
   const std::int32_t* starts;  // null: 0
   const std::int32_t* page_table;
-  std::int32_t sequences, max_pages, page_size, pages;
+  std::int32_t sequences, max_pages, pages;
+  Divisor page_size;
 
-  // The tile_rows rows of a tile are queries × pack query heads, heads innermost. Part p is pack p
-  // and reads KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`: those of a
-  // group go through the same keys at the same time, each for its own part, so that a token's row
-  // is read at once.
-  std::int32_t tile_rows, pack, parts, parts_per_kv_head, lanes;
+  // The rows of a tile are queries × pack query heads, heads innermost. Part p is pack p and reads
+  // KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`: those of a group go
+  // through the same keys at the same time, each for its own part, so that a token's row is read at
+  // once. A group takes all parts in `rounds`.
+  Divisor pack, parts_per_kv_head;
+  std::int32_t parts, lanes, rounds;
 
   // Positions: see CacheDeal and DecodeProblem.
   std::int32_t deal_block, deal_ranks, deal_rank;
@@ -60,7 +74,7 @@ struct DecodeParams {
   float* row_sum;
   TokenStrides o_strides, accumulator_strides, lse_strides, max_strides, sum_strides;
 
-  // Partial results of tiles whose keys are split: two slots of tile_rows
+  // Partial results of tiles whose keys are split: two slots of kTileRows
   // rows a thread block.
   float* partial_o;
   float2* partial_statistics;  // maximum in powers of two, sum

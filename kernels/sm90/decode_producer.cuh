@@ -6,6 +6,13 @@
 /// The producing side: walks the run and keeps the rings of keys and values full.
 namespace annulus::kernels::sm90 {
 
+/// Rows that the copy engine brings of a block: whole boxes, as far as there are keys.
+__device__ inline int loaded_rows(const DecodeParams& p, const DecodeUnit& unit, int token,
+                                  int block) {
+  const int wanted = (unit.key_end - token + p.box_tokens - 1) & -p.box_tokens;
+  return max(0, min(wanted, block));
+}
+
 /// One warp feeds the copy engine; each lane copies boxes of its own.
 template <typename Tile>
 class BoxProducer {
@@ -13,10 +20,7 @@ class BoxProducer {
   using Element = typename Tile::Element;
 
   __device__ BoxProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
-      : params_(params),
-        shared_(shared),
-        lane_(static_cast<int>(threadIdx.x) % 32),
-        box_rows_(Tile::kBlock / params.box_tokens) {}
+      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
@@ -44,7 +48,7 @@ class BoxProducer {
   }
 
   __device__ bool has_box(int i, int token, const DecodeUnit& unit) const {
-    return lane_ + 32 * i < box_rows_ * Tile::kBoxes && token_of(i, token) < unit.key_end;
+    return lane_ + 32 * i < params_.boxes * Tile::kBoxes && token_of(i, token) < unit.key_end;
   }
 
   __device__ void find_pages(const DecodeUnit& unit, int token) {
@@ -52,17 +56,18 @@ class BoxProducer {
         params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
 #pragma unroll
     for (int i = 0; i < kBoxesPerLane; ++i) {
-      if (has_box(i, token, unit)) pages_[i] = table[token_of(i, token) / params_.page_size];
+      if (!has_box(i, token, unit)) continue;
+      const int page = divide(token_of(i, token), params_.page_size);
+      pages_[i] = table[page];
+      rows_[i] = token_of(i, token) - page * params_.page_size.value;
     }
   }
 
   __device__ void load(const CUtensorMap& map, Element* stage, std::uint64_t* full,
                        const DecodeUnit& unit, int token) {
-    const int wanted = (unit.key_end - token + params_.box_tokens - 1) / params_.box_tokens;
-    const int rows = max(0, min(wanted, box_rows_));
     if (lane_ == 0) {
-      mbarrier_arrive_expect(
-          full, static_cast<std::uint32_t>(rows * params_.box_tokens) * Tile::kHeadDim * 2);
+      const int rows = loaded_rows(params_, unit, token, Tile::kBlock);
+      mbarrier_arrive_expect(full, static_cast<std::uint32_t>(rows) * Tile::kHeadDim * 2);
     }
     __syncwarp();
 #pragma unroll
@@ -72,16 +77,14 @@ class BoxProducer {
       const int row = box / Tile::kBoxes * params_.box_tokens;
       const int column = box % Tile::kBoxes * Tile::Layout::kColumns;
       tma_load(stage + column * Tile::kBlock + row * Tile::Layout::kColumns, &map, full,
-               static_cast<CachePolicy>(params_.policy), column,
-               token_of(i, token) % params_.page_size, unit.part / params_.parts_per_kv_head,
-               pages_[i]);
+               static_cast<CachePolicy>(params_.policy), column, rows_[i], unit.kv_head, pages_[i]);
     }
   }
 
   const DecodeParams& params_;
   DecodeShared<Tile>& shared_;
-  const int lane_, box_rows_;
-  int pages_[kBoxesPerLane] = {};
+  const int lane_;
+  int pages_[kBoxesPerLane] = {}, rows_[kBoxesPerLane] = {};
   Ring<Tile::kStages> ring_;
 };
 
@@ -113,9 +116,10 @@ class TokenGather {
         params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
     if (thread_ < Tile::kBlock) {
       const int at = token + thread_;
-      int2 place = make_int2(-1, at % params_.page_size);
+      const int index = divide(at, params_.page_size);
+      int2 place = make_int2(-1, at - index * params_.page_size.value);
       if (at >= unit.key_begin && at < unit.key_end) {
-        const int page = table[at / params_.page_size];
+        const int page = table[index];
         if (page >= 0 && page < params_.pages) place.x = page;
       }
       places_[thread_] = place;
@@ -129,7 +133,7 @@ class TokenGather {
                        const DecodeUnit& unit, int token) {
     constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row
     if (token >= unit.key_end) return;
-    const char* head = data + unit.part / params_.parts_per_kv_head * strides.head;
+    const char* head = data + unit.kv_head * strides.head;
 #pragma unroll 4
     for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
       const int row = i / kChunks;

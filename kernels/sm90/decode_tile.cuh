@@ -6,7 +6,7 @@
 /// Shape of the decode kernel's tile and its shared memory.
 namespace annulus::kernels::sm90 {
 
-inline constexpr int kWarpgroupRows = 64;
+inline constexpr int kWarpgroupRows = kTileRows;
 
 /// Keys and values wait in rings of their own; together 192 KB, so that more than 64 KB are under
 /// way at any time whatever the consumers do.
@@ -46,6 +46,10 @@ struct DecodeShared {
     }
   }
 };
+
+__device__ inline int warp_of_block() {
+  return __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 /// Byte offset of a 16-byte chunk of a row in a tile of `rows` rows, as SwizzledTile lays it out.
 template <typename Layout>
