@@ -45,7 +45,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   } else if (params.box_tokens == 0) {
     TokenProducer<Tile>(params, shared).run(walker);
   } else if (warp == 0) {
-    BoxProducer<Tile>(params, shared).run(walker);
+    BoxProducer<Tile>(params, params.k, shared.k, shared.k_full, shared.k_empty).run(walker);
+  } else if (warp == 1) {
+    BoxProducer<Tile>(params, params.v, shared.v, shared.v_full, shared.v_empty).run(walker);
   }
 }
 

@@ -13,28 +13,37 @@ __device__ inline int loaded_rows(const DecodeParams& p, const DecodeUnit& unit,
   return max(0, min(wanted, block));
 }
 
-/// One warp feeds the copy engine; each lane copies boxes of its own.
+/// One warp feeds the copy engine with keys, another one with values; each lane copies boxes of its
+/// own.
 template <typename Tile>
 class BoxProducer {
  public:
   using Element = typename Tile::Element;
+  using Stage = Element[Tile::kBlock * Tile::kHeadDim];
 
-  __device__ BoxProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
-      : params_(params), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
+  __device__ BoxProducer(const DecodeParams& params, const CUtensorMap& map, Stage* stages,
+                         std::uint64_t* full, std::uint64_t* empty)
+      : params_(params),
+        map_(map),
+        stages_(stages),
+        full_(full),
+        empty_(empty),
+        lane_(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
       int token = unit.load_begin + unit.first_block * Tile::kBlock;
-      find_pages(unit, token);
+      Places places, later;
+      find_pages(unit, token, places);
+      find_pages(unit, token + Tile::kBlock, later);
       for (int block = unit.first_block; block < unit.last_block; ++block) {
-        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
-        load(params_.k, shared_.k[ring_.index], &shared_.k_full[ring_.index], unit, token);
-        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
-        load(params_.v, shared_.v[ring_.index], &shared_.v_full[ring_.index], unit, token);
+        mbarrier_wait(&empty_[ring_.index], ring_.parity ^ 1);
+        load(unit, token, places);
         ring_.advance();
         token += Tile::kBlock;
-        find_pages(unit, token);  // early: their latency passes while the ring is full
+        places = later;
+        find_pages(unit, token + Tile::kBlock, later);  // its latency passes with this block
       }
     }
   }
@@ -42,6 +51,11 @@ class BoxProducer {
  private:
   static constexpr int kMostBoxes = Tile::kBlock / 8 * Tile::kBoxes;
   static constexpr int kBoxesPerLane = (kMostBoxes + 31) / 32;
+
+  /// Where this lane's boxes of a block lie.
+  struct Places {
+    int page[kBoxesPerLane], row[kBoxesPerLane];
+  };
 
   __device__ int token_of(int i, int token) const {
     return token + (lane_ + 32 * i) / Tile::kBoxes * params_.box_tokens;
@@ -51,20 +65,20 @@ class BoxProducer {
     return lane_ + 32 * i < params_.boxes * Tile::kBoxes && token_of(i, token) < unit.key_end;
   }
 
-  __device__ void find_pages(const DecodeUnit& unit, int token) {
+  __device__ void find_pages(const DecodeUnit& unit, int token, Places& places) {
     const std::int32_t* table =
         params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
 #pragma unroll
     for (int i = 0; i < kBoxesPerLane; ++i) {
       if (!has_box(i, token, unit)) continue;
       const int page = divide(token_of(i, token), params_.page_size);
-      pages_[i] = table[page];
-      rows_[i] = token_of(i, token) - page * params_.page_size.value;
+      places.page[i] = table[page];
+      places.row[i] = token_of(i, token) - page * params_.page_size.value;
     }
   }
 
-  __device__ void load(const CUtensorMap& map, Element* stage, std::uint64_t* full,
-                       const DecodeUnit& unit, int token) {
+  __device__ void load(const DecodeUnit& unit, int token, const Places& places) {
+    std::uint64_t* const full = &full_[ring_.index];
     if (lane_ == 0) {
       const int rows = loaded_rows(params_, unit, token, Tile::kBlock);
       mbarrier_arrive_expect(full, static_cast<std::uint32_t>(rows) * Tile::kHeadDim * 2);
@@ -76,15 +90,17 @@ class BoxProducer {
       const int box = lane_ + 32 * i;
       const int row = box / Tile::kBoxes * params_.box_tokens;
       const int column = box % Tile::kBoxes * Tile::Layout::kColumns;
-      tma_load(stage + column * Tile::kBlock + row * Tile::Layout::kColumns, &map, full,
-               static_cast<CachePolicy>(params_.policy), column, rows_[i], unit.kv_head, pages_[i]);
+      tma_load(stages_[ring_.index] + column * Tile::kBlock + row * Tile::Layout::kColumns, &map_,
+               full, static_cast<CachePolicy>(params_.policy), column, places.row[i], unit.kv_head,
+               places.page[i]);
     }
   }
 
   const DecodeParams& params_;
-  DecodeShared<Tile>& shared_;
+  const CUtensorMap& map_;
+  Stage* const stages_;
+  std::uint64_t *const full_, *const empty_;
   const int lane_;
-  int pages_[kBoxesPerLane] = {}, rows_[kBoxesPerLane] = {};
   Ring<Tile::kStages> ring_;
 };
 
