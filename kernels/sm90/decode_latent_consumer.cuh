@@ -69,8 +69,10 @@ class LatentConsumer {
     }
     named_barrier_sync(kBothBarrier, 2 * kThreads);
     if (shared_.more == 0) return false;
-    load_latent_queries(shared_.unit);
+    load_rows<Layout, Element, Tile::kValueDim>(params_, shared_.unit, shared_.q, thread_of_both(),
+                                                2 * kThreads);
     load_rotary_queries(shared_.unit);
+    copy_async_wait<0>();
     fence_async_shared();
     named_barrier_sync(kBothBarrier, 2 * kThreads);
     return true;
@@ -79,17 +81,6 @@ class LatentConsumer {
   __device__ const Element* query(const DecodeUnit& unit, int row) const {
     const DecodeRow at(params_, unit, row);
     return static_cast<const Element*>(params_.q) + at.offset(params_.q_strides);
-  }
-
-  __device__ void load_latent_queries(const DecodeUnit& unit) {
-    constexpr int kChunks = Tile::kValueDim / 8;
-    for (int i = thread_of_both(); i < unit.rows * kChunks; i += 2 * kThreads) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
-      *reinterpret_cast<uint4*>(reinterpret_cast<char*>(shared_.q) +
-                                swizzled_offset<Layout>(row, chunk, kWarpgroupRows)) =
-          *reinterpret_cast<const uint4*>(query(unit, row) + chunk * 8);
-    }
   }
 
   /// Straight into fragments of wgmma's A operand.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "kernels/sm90/copy_async.cuh"
 #include "kernels/sm90/decode_tile.cuh"
 #include "kernels/sm90/tma.cuh"
 
@@ -103,19 +104,6 @@ class BoxProducer {
   const int lane_;
   Ring<Tile::kStages> ring_;
 };
-
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 /// Gathers a block's tokens one by one from pages that hold no whole group of eight rows; the 128
 /// threads of a warpgroup take part.
