@@ -136,19 +136,19 @@ class LatentConsumer {
     int token = unit.load_begin + unit.first_block * Tile::kBlock;
     for (int block = unit.first_block; block < unit.last_block; block += 2) {
       const bool accumulate = block != unit.first_block;
+      score<1>(s);
       named_barrier_sync(kReadyBarrier, 2 * kThreads);
       if (adopt_maxima(0, rows) && accumulate) scale_rows(o, factor_);
       clear<0>(unit, token);
       wgmma_fence();
       add_given_values<0>(o, accumulate);
+      // The tensor cores multiply meanwhile.
+      const bool renewed = turn_into_probabilities<1>(token + Tile::kBlock, ranges, s, p, rows);
       wgmma_wait<0>();
       pin_registers(o);
       release(0);
 
-      score<1>(s);
-      if (turn_into_probabilities<1>(token + Tile::kBlock, ranges, s, p, rows)) {
-        scale_rows(o, factor_);
-      }
+      if (renewed) scale_rows(o, factor_);
       clear<1>(unit, token + Tile::kBlock);
       wgmma_fence();
       add_own_values<1>(o, p, true);
