@@ -3,9 +3,9 @@
 #include "kernels/sm90/copy_async.cuh"
 #include "kernels/sm90/decode_finish.cuh"
 
-/// The consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time. On
-/// an H200 it is busy for 2,600 of the 3,350 clocks in which 128 keys arrive: nothing here
-/// overlaps.
+/// The consuming warpgroups: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time,
+/// one after the other. Where a block comes faster than that, two take turns, each with an O and
+/// statistics of its own, and add theirs up at the end of a unit.
 namespace annulus::kernels::sm90 {
 
 /// The tokens that one of a thread's rows sees. Rows that do not exist see what the tile sees.
@@ -76,36 +76,47 @@ class DecodeConsumer {
       : params_(params),
         shared_(shared),
         lane_(lane),
-        thread_(static_cast<int>(threadIdx.x) % kThreads),
+        thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
+        side_(warp_of_block() / 4 - 1),
         headroom_(fminf(kHeadroom / params.exp_scale, 1e30F)) {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
       shared_.run.find_pieces(unit);
-      load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q, thread_, kThreads);
+      load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q,
+                                                 side_ * kWarpgroupThreads + thread_, kThreads);
       const int local_row = thread_ / 32 * 16 + thread_ % 32 / 4;
       const TokenRange ranges[2] = {row_range(params_, unit, local_row),
                                     row_range(params_, unit, local_row + 8)};
       copy_async_wait<0>();
       fence_async_shared();
-      named_barrier_sync(kBarrier, kThreads);
-      float o[Tile::kValueDim / 2];
+      named_barrier_sync(kAllBarrier, kThreads);
+      Output o;
+#pragma unroll
+      for (float& value : o) value = 0.0F;
       RowStatistics rows;
       for (int block = unit.first_block; block < unit.last_block; ++block) {
-        add_block(unit, unit.load_begin + block * Tile::kBlock, ranges, o, rows,
-                  block != unit.first_block);
+        if (ring_.index % Tile::kConsumers == side_) {
+          add_block(unit, unit.load_begin + block * Tile::kBlock, ranges, o, rows);
+        }
+        ring_.advance();
       }
-      finish(unit, local_row, o, rows);
+      if constexpr (Tile::kConsumers > 1) hand_over(unit, o, rows);
+      if (side_ == 0) finish(unit, local_row, o, rows);
+      named_barrier_sync(kAllBarrier, kThreads);  // the next unit's Q may come
     }
   }
 
  private:
-  static constexpr int kThreads = 128;
-  static constexpr int kBarrier = 1;
+  static constexpr int kThreads = kWarpgroupThreads * Tile::kConsumers;
+  static constexpr int kSideBarrier = 1;  // and 2; 3 is the gatherer's
+  static constexpr int kAllBarrier = 4;
+
+  using Output = float[Tile::kValueDim / 2];
 
   __device__ void add_block(const DecodeUnit& unit, int token, const TokenRange (&ranges)[2],
-                            float (&o)[Tile::kValueDim / 2], RowStatistics& rows, bool accumulate) {
+                            Output& o, RowStatistics& rows) {
     float s[Tile::kBlock / 2];
     std::uint32_t p[Tile::kBlock / 4];
     mbarrier_wait(&shared_.k_full[ring_.index], ring_.parity);
@@ -116,8 +127,7 @@ class DecodeConsumer {
     release(&shared_.k_empty[ring_.index]);
     mask_block<Tile::kBlock>(params_, token, ranges, s);
     float factor[2];
-    const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
-    if (renewed && accumulate) scale_rows(o, factor);
+    if (softmax_step(s, rows, params_.exp_scale, headroom_, factor)) scale_rows(o, factor);
     pack_probabilities<Element>(s, p);
 
     mbarrier_wait(&shared_.v_full[ring_.index], ring_.parity);
@@ -125,17 +135,16 @@ class DecodeConsumer {
     const int last = unit.key_end - token;
     if (first > 0 || last < Tile::kBlock) {
       clear_unseen<Layout, Tile::kBlock, Tile::kValueDim>(shared_.v[ring_.index], first, last,
-                                                          thread_, kThreads);
+                                                          thread_, kWarpgroupThreads);
       fence_async_shared();
-      named_barrier_sync(kBarrier, kThreads);
+      named_barrier_sync(kSideBarrier + side_, kWarpgroupThreads);
     }
     wgmma_fence();
-    issue_values(o, p, accumulate);
+    issue_values(o, p);
     wgmma_wait<0>();
     pin_registers(o);
     pin_registers(p);
     release(&shared_.v_empty[ring_.index]);
-    ring_.advance();
   }
 
   __device__ void issue_scores(float (&s)[Tile::kBlock / 2]) {
@@ -150,13 +159,12 @@ class DecodeConsumer {
     wgmma_commit();
   }
 
-  __device__ void issue_values(float (&o)[Tile::kValueDim / 2],
-                               const std::uint32_t (&p)[Tile::kBlock / 4], bool accumulate) {
+  __device__ void issue_values(Output& o, const std::uint32_t (&p)[Tile::kBlock / 4]) {
     const std::uint64_t v = Layout::n_major(shared_.v[ring_.index], Tile::kBlock);
 #pragma unroll
     for (int step = 0; step < Tile::kBlock / 16; ++step) {
-      WgmmaShape<Element, Tile::kValueDim>::registers(
-          o, &p[4 * step], v + Layout::n_major_step(step), step != 0 || accumulate);
+      WgmmaShape<Element, Tile::kValueDim>::registers(o, &p[4 * step],
+                                                      v + Layout::n_major_step(step), true);
     }
     wgmma_commit();
   }
@@ -166,7 +174,54 @@ class DecodeConsumer {
     if (thread_ % 32 == 0) mbarrier_arrive(barrier);
   }
 
-  __device__ void finish(const DecodeUnit& unit, int local_row, float (&o)[Tile::kValueDim / 2],
+  /// The second warpgroup's O and statistics are added to the first one's, through the memory of Q
+  /// and so by halves. Warps without rows have nothing to give.
+  __device__ void hand_over(const DecodeUnit& unit, Output& o, RowStatistics& rows) {
+    constexpr int kHalf = Tile::kValueDim / 4;
+    const bool has_rows = thread_ / 32 * 16 < unit.rows;
+    auto* const fours = reinterpret_cast<float4*>(shared_.q) + thread_;
+    if (side_ == 1) shared_.statistics[thread_] = rows;
+    float own[2], other[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      named_barrier_sync(kAllBarrier, kThreads);  // what lies there has been read
+      if (side_ == 1 && has_rows) {
+#pragma unroll
+        for (int i = 0; i < kHalf; i += 4) {
+          const float* from = &o[half * kHalf + i];
+          fours[i / 4 * kWarpgroupThreads] = make_float4(from[0], from[1], from[2], from[3]);
+        }
+      }
+      named_barrier_sync(kAllBarrier, kThreads);
+      if (side_ == 1 || !has_rows) continue;
+      if (half == 0) merge_statistics(shared_.statistics[thread_], rows, own, other);
+#pragma unroll
+      for (int i = 0; i < kHalf; i += 4) {
+        const float4 given = fours[i / 4 * kWarpgroupThreads];
+        float* to = &o[half * kHalf + i];
+        to[0] = to[0] * own[0] + given.x * other[0];
+        to[1] = to[1] * own[0] + given.y * other[0];
+        to[2] = to[2] * own[1] + given.z * other[1];
+        to[3] = to[3] * own[1] + given.w * other[1];
+      }
+    }
+  }
+
+  /// What both sides' sums are to be multiplied by, beside the merged statistics.
+  __device__ void merge_statistics(const RowStatistics& given, RowStatistics& rows, float (&own)[2],
+                                   float (&other)[2]) const {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float max = fmaxf(rows.max[row], given.max[row]);
+      const float base = max == -INFINITY ? 0.0F : max;
+      own[row] = exp2_approx((rows.max[row] - base) * params_.exp_scale);
+      other[row] = exp2_approx((given.max[row] - base) * params_.exp_scale);
+      rows.max[row] = max;
+      rows.sum[row] = rows.sum[row] * own[row] + given.sum[row] * other[row];
+    }
+  }
+
+  __device__ void finish(const DecodeUnit& unit, int local_row, Output& o,
                          const RowStatistics& rows) {
     const bool whole = unit.pieces == 1;
     const std::int64_t slot =
@@ -182,11 +237,9 @@ class DecodeConsumer {
         write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum, 0);
       }
     }
-    if (whole) {
-      named_barrier_sync(kBarrier, kThreads);  // Q is read; the next unit's may come
-    } else if (arrive_last(params_, unit, lane_, &shared_.is_last, kBarrier, kThreads,
-                           thread_ == 0)) {
-      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_, kThreads);
+    if (!whole && arrive_last(params_, unit, lane_, &shared_.is_last, kSideBarrier,
+                              kWarpgroupThreads, thread_ == 0)) {
+      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_, kWarpgroupThreads);
     }
   }
 
@@ -195,6 +248,7 @@ class DecodeConsumer {
   const int lane_;
   const int group_ = static_cast<int>(blockIdx.x) / params_.lanes;
   const int thread_;
+  const int side_;
   const float headroom_;  // in raw scores
   Ring<Tile::kStages> ring_;
 };

@@ -4,7 +4,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = DecodeTile<Element, 128, 128, 3>;
+using Tile = DecodeTile<Element, 128, 64, 4, 2>;
 
 }  // namespace
 

@@ -1,23 +1,28 @@
 #pragma once
 
 #include "kernels/sm90/decode_work.cuh"
-#include "kernels/sm90/forward_tile.cuh"
+#include "kernels/sm90/forward_softmax.cuh"
 
 /// Shape of the decode kernel's tile and its shared memory.
 namespace annulus::kernels::sm90 {
 
 inline constexpr int kWarpgroupRows = kTileRows;
+inline constexpr int kWarpgroupThreads = 128;
 
-/// Keys and values wait in rings of their own; together 192 KB, so that more than 64 KB are under
-/// way at any time whatever the consumers do.
-template <typename Element_, int kHeadDim_, int kBlock_, int kStages_>
+/// Keys and values wait in rings of their own, together 128 to 192 KB: more than 64 KB are under
+/// way at any time whatever the consumers do, and no more than the copy engine can keep up with
+/// where pages are small.
+template <typename Element_, int kHeadDim_, int kBlock_, int kStages_, int kConsumers_ = 1>
 struct DecodeTile {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kHeadDim_;
   static constexpr int kBlock = kBlock_;  // keys at a time
   static constexpr int kStages = kStages_;
-  static constexpr int kThreads = 256;  // a producing and a consuming warpgroup
+  static constexpr int kConsumers = kConsumers_;  // warpgroups, which take the blocks in turn
+  static_assert(kStages % kConsumers == 0, "a stage is always the same warpgroup's");
+  static constexpr int kThreads =
+      kWarpgroupThreads * (1 + kConsumers);  // and a producing warpgroup
   using Layout = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;
   static constexpr int kBoxes = kHeadDim / Layout::kColumns;
   static constexpr int kBytes = kBlock * kHeadDim * 2;  // of a stage
@@ -31,6 +36,7 @@ struct DecodeShared {
   alignas(1024) Element k[Tile::kStages][Tile::kBlock * Tile::kHeadDim];
   alignas(1024) Element v[Tile::kStages][Tile::kBlock * Tile::kValueDim];
   int2 places[2][Tile::kBlock];  // page and row of a block's tokens, where they are gathered
+  RowStatistics statistics[Tile::kConsumers > 1 ? kWarpgroupThreads : 1];  // handed over
   WorkRun run;
   WorkSum warp_sums[Tile::kThreads / 32];
   std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
