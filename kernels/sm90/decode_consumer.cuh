@@ -2,6 +2,7 @@
 
 #include "kernels/sm90/copy_async.cuh"
 #include "kernels/sm90/decode_finish.cuh"
+#include "kernels/sm90/decode_softmax.cuh"
 
 /// The consuming warpgroups: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time,
 /// one after the other. Where a block comes faster than that, two take turns, each with an O and
@@ -63,7 +64,7 @@ __device__ inline void mask_block(const DecodeParams& p, int token, const TokenR
     windows[row] = {ranges[row].begin - token,
                     static_cast<unsigned>(max(ranges[row].end - ranges[row].begin, 0))};
   }
-  mask_scores(s, windows);
+  mask_columns(s, windows);
 }
 
 template <typename Tile>
@@ -127,7 +128,7 @@ class DecodeConsumer {
     release(&shared_.k_empty[ring_.index]);
     mask_block<Tile::kBlock>(params_, token, ranges, s);
     float factor[2];
-    if (softmax_step(s, rows, params_.exp_scale, headroom_, factor)) scale_rows(o, factor);
+    if (exact_softmax_step(s, rows, params_.exp_scale, headroom_, factor)) scale_rows(o, factor);
     pack_probabilities<Element>(s, p);
 
     mbarrier_wait(&shared_.v_full[ring_.index], ring_.parity);

@@ -198,7 +198,7 @@ class LatentConsumer {
   __device__ bool turn_into_probabilities(int token, const TokenRange (&ranges)[2], Scores& s,
                                           Probabilities& p, RowStatistics& rows) {
     mask_block<Tile::kBlock>(params_, token, ranges, s);
-    const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor_);
+    const bool renewed = exact_softmax_step(s, rows, params_.exp_scale, headroom_, factor_);
     pack_probabilities<Element>(s, p);
     if (thread_ % 4 == 0) {
       shared_.max[kOf][local_row()] = rows.max[0];
