@@ -192,13 +192,17 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
   // The rows of V that are asked for, a tile's heads in the order of memory: those of the keys'
   // tile, and what the last head asks for of the next tile.
   HWY_INLINE void find_ahead(const Tiles& tiles) {
+    const hn::FixedTag<std::uint64_t, kStreams> d;
+    const auto head_bytes = hn::Set(d, static_cast<std::uint64_t>(v_bytes_));
     const std::int64_t heads = problem_.kv_heads();
-    const char** to = ahead_.data();
-    const char* const* end = to + ahead_.size();
+    auto* to = reinterpret_cast<std::uint64_t*>(ahead_.data());
+    const std::uint64_t* end = to + ahead_.size();
     for (const Tile* tile : {&tiles.keys, &tiles.next}) {
       for (std::size_t token = 0; token < kTile && to < end; token += kStreams) {
-        for (std::int64_t head = 0; head < heads && to < end; ++head) {
-          for (std::size_t i = 0; i < kStreams; ++i) *to++ = tile->v[token + i] + head * v_bytes_;
+        auto rows = hn::LoadU(d, reinterpret_cast<const std::uint64_t*>(&tile->v[token]));
+        for (std::int64_t head = 0; head < heads && to < end; ++head, to += kStreams) {
+          hn::StoreU(rows, d, to);
+          rows = hn::Add(rows, head_bytes);
         }
       }
     }

@@ -29,6 +29,8 @@ inline constexpr std::int64_t kTile = 16;
 inline constexpr std::int64_t kSettledTiles = 16;
 // Scores of a quad: [token, row].
 inline constexpr std::int64_t kScores = kTile * kQuad;
+// The page table leaves L2 between two lines of it, unless asked for so far ahead.
+inline constexpr std::int64_t kPagesAhead = 8;
 
 // Addresses of the tokens of a tile, for head 0.
 struct Tile {
@@ -118,6 +120,7 @@ class DecodeQuads {
     std::int64_t row = tokens.begin % page_size;
     for (std::int64_t token = tokens.begin; token < tokens.end; ++page, row = 0) {
       const std::int64_t end = std::min(tokens.end, token + page_size - row);
+      __builtin_prefetch(table + page + kPagesAhead, 0, 2);
       const char* k = address(problem_.k, table[page], row);
       const char* v = address(problem_.v, table[page], row);
       for (; token < end; ++token, at += step) {
@@ -197,11 +200,9 @@ class DecodeQuads {
         };
         statistic(partial.row_max) = quad.max[r];
         statistic(partial.row_sum) = sums[r];
-        float* o = static_cast<float*>(partial.accumulator.data) +
-                   row_offset(partial.accumulator, 0, query, head);
-        for (std::int64_t d = 0; d < problem_.value_dim(); ++d) {
-          o[d] = quad.settled_o[r * o_stride_ + packed_place<Rows>(d)];
-        }
+        write_row(quad.settled_o + r * o_stride_,
+                  static_cast<float*>(partial.accumulator.data) +
+                      row_offset(partial.accumulator, 0, query, head));
       }
     }
   }
@@ -217,6 +218,20 @@ class DecodeQuads {
   std::vector<Quad> quads_;
 
  private:
+  // Places that are constants for all columns but the last ones: a part of 2,048 keys spent 1.4% of
+  // its time on computing them.
+  void write_row(const float* HWY_RESTRICT packed, float* HWY_RESTRICT o) const {
+    const std::int64_t columns = problem_.value_dim();
+    const std::int64_t whole = columns / kPair * kPair;
+    for (std::int64_t column = 0; column < whole; column += kPair) {
+      HWY_UNROLL(32)
+      for (std::int64_t i = 0; i < kPair; ++i) o[column + i] = packed[column + Rows::place(i)];
+    }
+    for (std::int64_t column = whole; column < columns; ++column) {
+      o[column] = packed[packed_place<Rows>(column)];
+    }
+  }
+
   // Row r of a KV head is query r / group, and head r % group of the group.
   void start(std::int64_t kv_head, std::int64_t first, const std::vector<Span>& tokens,
              Scratch& scratch) {

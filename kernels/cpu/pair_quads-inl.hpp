@@ -159,6 +159,9 @@ class PairQuads : protected DecodeQuads<Rows> {
   using Base::Base;
 
   static constexpr int kWeightVectors = kTile * kQuad / kLanes;
+  // Scores exceed the maximum that their weights refer to by so much at most before it is raised,
+  // and all sums with it.
+  static constexpr float kMostAbove = 4.0F;
 
   using TokenRows = std::array<const char*, kTile + kQuadKeys>;
 
@@ -203,7 +206,8 @@ class PairQuads : protected DecodeQuads<Rows> {
     FloatVec largest = p[0];
     HWY_UNROLL(4)
     for (int i = 1; i < kWeightVectors; ++i) largest = hn::Max(largest, p[i]);
-    if (!hn::AllFalse(d, hn::Gt(largest, max))) max = raise_max(quad, largest);
+    const FloatVec most = hn::Add(max, hn::Set(d, kMostAbove));
+    if (!hn::AllFalse(d, hn::Gt(largest, most))) max = raise_max(quad, largest);
     const FloatVec log2e = hn::Set(d, kLog2E);
     const FloatVec base2 = base2_max(max);
     FloatVec sum = hn::Load(d, quad.sum);
@@ -266,21 +270,27 @@ class PairQuads : protected DecodeQuads<Rows> {
 
  private:
   // Where every row sees as many tiles as there are to be streams, each is made of a share of them
-  // all: a token of each, then the next one of each.
+  // all: a token of each, then the next one of each. Behind the block's tokens a tile has none, but
+  // addresses of the tokens that likely come next, to be asked for.
   void find(std::int64_t first, Tile& tile) const {
-    Base::find(first, tile);
     if constexpr (Rows::kStreams > 1) {
       constexpr std::int64_t kStreams = Rows::kStreams;
       constexpr std::int64_t kRun = kTile / kStreams;
+      const bool behind = first >= tokens_.end;
       const std::int64_t together = kStreams * kTile;
-      const std::int64_t place = (first - tokens_.begin) % together;
+      const std::int64_t place = behind ? 0 : (first - tokens_.begin) % together;
       const Span all{first - place, first - place + together};
-      if (intersect(intersect(tokens_, all_see_), all) != all) return;
-      for (std::int64_t i = 0; i < kStreams; ++i) {
-        const std::int64_t begin = all.begin + i * kTile + place / kTile * kRun;
-        find_run({begin, begin + kRun}, static_cast<std::size_t>(i), kStreams, tile);
+      if (intersect(behind ? all_see_ : intersect(tokens_, all_see_), all) == all) {
+        tile.first = first;
+        tile.count = behind ? 0 : kTile;
+        for (std::int64_t i = 0; i < kStreams; ++i) {
+          const std::int64_t begin = all.begin + i * kTile + place / kTile * kRun;
+          find_run({begin, begin + kRun}, static_cast<std::size_t>(i), kStreams, tile);
+        }
+        return;
       }
     }
+    Base::find(first, tile);
   }
 
   std::array<Tile, 3> tiles_;  // of V, of K, and the next, in turn

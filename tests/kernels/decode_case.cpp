@@ -159,7 +159,8 @@ void DecodeCase::attend() {
     problem.v = dense(options.latent ? k : v, dim);
     const std::vector<Slice> slices = slices_of(options, sequence);
     problem.mask = {slices, {}};
-    problem.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(options.head_dim)));
+    problem.scale =
+        static_cast<float>(options.spread / std::sqrt(static_cast<double>(options.head_dim)));
     problem.soft_cap = options.soft_cap;
     if (options.sinks) problem.sinks = std::as_const(sinks).view();
     const Shape outputs{1, sequence.rows, options.q_heads, dim};
@@ -244,7 +245,8 @@ DecodeProblem PagedCache::problem(const DecodeCase& of, const CacheDeal& deal) c
   problem.lengths = integers(lengths, Shape{sequences});
   problem.starts = integers(starts, Shape{sequences});
   problem.deal = deal;
-  problem.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(of.options.head_dim)));
+  problem.scale =
+      static_cast<float>(of.options.spread / std::sqrt(static_cast<double>(of.options.head_dim)));
   problem.soft_cap = of.options.soft_cap;
   problem.causal = of.options.causal;
   problem.window_left = of.options.window_left;

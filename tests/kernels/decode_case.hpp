@@ -29,6 +29,7 @@ struct DecodeOptions {
   std::int64_t window_left = -1;
   std::int64_t window_right = -1;
   float soft_cap = 0.0F;
+  float spread = 1.0F;  // of the scores
   bool sinks = false;
 
   std::int64_t longest() const;

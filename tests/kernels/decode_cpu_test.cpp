@@ -146,6 +146,17 @@ TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
   }
 }
 
+// Far above the maximum so far, which need not follow scores that exceed it by little.
+TEST(DecodeCpu, EqualsTheReferenceWhereScoresRiseFar) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    DecodeOptions options;
+    options.dtype = dtype;
+    options.spread = 8.0F;
+    options.sequences = {{1, 3000}, {3, 700}};
+    expect_for_all_pages(options, test_seed());
+  }
+}
+
 TEST(DecodeCpu, LatentOf512And64Columns) {
   DecodeOptions options;
   options.dtype = DType::bf16;
