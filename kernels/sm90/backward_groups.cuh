@@ -4,10 +4,10 @@
 #include "kernels/sm90/tma.cuh"
 
 /// One of two or three warpgroups that each keep dK and dV of 64 keys, compute all products for
-/// them and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to shared
-/// memory for dQᵀ = Kᵀ·dSᵀ over the keys of all. Of two (head_dim 128) each takes 64 columns of it;
-/// of three (64) one takes it all, the next one that of the next block of queries. A warpgroup's
-/// exponentials pass under the others' products.
+/// them and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to
+/// shared memory for dQᵀ = Kᵀ·dSᵀ over the keys of all. Of two (head_dim 128) each takes 64
+/// columns of it; of three (64) one takes it all, the next one that of the next block of queries. A
+/// warpgroup's exponentials pass under the others' products.
 namespace annulus::kernels::sm90 {
 
 inline constexpr int kBothBarrier = 1;   // of two warpgroups
@@ -235,7 +235,8 @@ class BackwardGroup {
     for (int i = 0; i < kCount / 4; ++i) values[i] = load_shared_pair(first + i * 32);
   }
 
-  /// dS = weight·(dP − δ), times the scale where the tile says so, and P as dV's product takes it.
+  /// dS = weight·(dP − δ), times the scale where the tile says so, and P as dV's product takes
+  /// it.
   template <bool kMasked>
   __device__ void gradient(const float (&weights)[kCount], float (&dp)[kCount],
                            std::uint32_t (&p)[kCount / 2], std::uint32_t (&ds)[kCount / 2]) {

@@ -148,7 +148,7 @@ __device__ inline void prepare_scores(const SharedBackward<Tile>& shared,
                   static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
   const QueryWindow windows[2] = {query_window(note, key, item.k_end),
                                   query_window(note, key + 8, item.k_end)};
-  mask_scores(s, windows);
+  mask_columns(s, windows);
 }
 
 }  // namespace annulus::kernels::sm90

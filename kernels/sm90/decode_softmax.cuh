@@ -2,21 +2,10 @@
 
 #include "kernels/sm90/forward_softmax.cuh"
 
-/// Softmax of decode, which waits for memory: the maximum is exact and a column masked by a
-/// comparison, where the forward kernel bounds the one and masks by bits.
+/// Softmax of decode, which waits for memory: maxima are exact, where the forward kernel bounds
+/// them. Written out, though the exponentials are the same: through a function of their own the
+/// assembler numbers registers anew, and this is the code that was measured.
 namespace annulus::kernels::sm90 {
-
-template <int kCount>
-__device__ inline void mask_columns(float (&s)[kCount], const RowWindow (&windows)[2]) {
-  const int column = static_cast<int>(threadIdx.x % 4) * 2;
-  const int shift[2] = {column - windows[0].begin, column - windows[1].begin};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int row = (i / 2) % 2;
-    const unsigned offset = static_cast<unsigned>(i / 4 * 8 + i % 2 + shift[row]);
-    if (offset >= windows[row].count) s[i] = -INFINITY;
-  }
-}
 
 /// Turns scores into exp2(exp_scale·(s − max)) and adds them up. Returns whether some row of the
 /// warp renewed its maximum: `factor` then holds what earlier sums must be multiplied by. With
