@@ -1,5 +1,7 @@
 #include "kernels/cpu/decode_cpu.hpp"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -75,6 +77,28 @@ std::int64_t cut(std::vector<RowsTask>& tasks) {
   return part;
 }
 
+// Parts of a task that a thread takes one after the other: starting on one takes as long as 4% of
+// 2,048 tokens of 8 heads of 128 in bf16.
+struct PartsRun {
+  const RowsTask* task = nullptr;
+  Span parts;
+};
+
+// Long runs first and short ones last, so that threads end together.
+std::vector<PartsRun> runs_of(const std::vector<RowsTask>& tasks) {
+  const int threads = omp_get_max_threads();
+  std::int64_t left = tasks.back().first_part + tasks.back().parts;
+  std::vector<PartsRun> runs;
+  for (const RowsTask& task : tasks) {
+    for (std::int64_t i = 0; i < task.parts; i = runs.back().parts.end) {
+      const std::int64_t share = threads > 1 ? left / (2 * threads) : left;
+      runs.push_back({&task, {i, std::min(task.parts, i + std::max<std::int64_t>(share, 1))}});
+      left -= runs.back().parts.size();
+    }
+  }
+  return runs;
+}
+
 // Rows [1, queries, heads, dim] of a state.
 AttentionState rows_of(const AttentionState& state, Span queries) {
   return {state.accumulator.slice(1, queries), state.row_max.slice(2, queries),
@@ -139,11 +163,17 @@ std::int64_t block_scratch(const DecodeProblem& problem, std::int64_t queries) {
 }
 
 void decode_block(const DecodeProblem& problem, const DecodeBlock& block,
-                  const AttentionState& partial, Scratch& scratch) {
+                  std::span<const AttentionState> partials, Scratch& scratch) {
   const std::int64_t queries = block.queries.size();
-  if (decode_tiles_fit(problem, queries) && decode_tiles(problem, block, partial, scratch)) return;
-  scratch.reserve(decode_pages_scratch(problem, queries));
-  decode_pages(problem, block, partial, scratch);
+  if (!decode_tiles_fit(problem, queries)) return decode_pages(problem, block, partials, scratch);
+  for (std::size_t i = 0; i < partials.size(); ++i) {
+    const std::int64_t begin = block.tokens.begin + static_cast<std::int64_t>(i) * block.part;
+    DecodeBlock part = block;
+    part.tokens = intersect(block.tokens, {begin, begin + block.part});
+    if (decode_tiles(problem, part, partials[i], scratch)) continue;
+    scratch.reserve(decode_pages_scratch(problem, queries));
+    decode_pages(problem, part, partials.subspan(i, 1), scratch);
+  }
 }
 
 }  // namespace
@@ -165,24 +195,33 @@ void decode_forward(const DecodeCall& call) {
   const std::int64_t part = cut(tasks);
   std::int64_t floats = 0;
   std::int64_t queries = 1;
-  std::vector<std::pair<const RowsTask*, std::int64_t>> parts;  // and where its state lies
+  std::vector<std::int64_t> places;  // of the parts' states
   for (const RowsTask& task : tasks) {
     queries = std::max(queries, task.queries.size());
     for (std::int64_t i = 0; i < task.parts; ++i) {
-      parts.emplace_back(&task, floats);
+      places.push_back(floats);
       floats += state_floats(task.queries.size(), problem);
     }
   }
   // Not cleared: every part writes all of its own.
   const std::unique_ptr<float[]> states(new float[static_cast<std::size_t>(floats)]);
-  parallel(static_cast<std::int64_t>(parts.size()), block_scratch(problem, queries),
+  const auto state_of = [&](const RowsTask& task, std::int64_t i) {
+    const auto place = places[static_cast<std::size_t>(task.first_part + i)];
+    return state_at(states.get() + place, task.queries.size(), problem);
+  };
+  const std::vector<PartsRun> runs = runs_of(tasks);
+  parallel(static_cast<std::int64_t>(runs.size()), block_scratch(problem, queries),
            [&](std::int64_t i, Scratch& scratch) {
-             const auto& [task, place] = parts[static_cast<std::size_t>(i)];
-             const std::int64_t begin = task->tokens.begin + (i - task->first_part) * part;
-             const DecodeBlock block{task->sequence, task->queries,
-                                     intersect(task->tokens, {begin, begin + part})};
-             decode_block(problem, block,
-                          state_at(states.get() + place, task->queries.size(), problem), scratch);
+             const auto& [task, of_task] = runs[static_cast<std::size_t>(i)];
+             const Span tokens{task->tokens.begin + of_task.begin * part,
+                               task->tokens.begin + of_task.end * part};
+             std::vector<AttentionState> partials;
+             for (std::int64_t j = of_task.begin; j < of_task.end; ++j) {
+               partials.push_back(state_of(*task, j));
+             }
+             decode_block(problem,
+                          {task->sequence, task->queries, intersect(task->tokens, tokens), part},
+                          partials, scratch);
            });
 
   const std::int64_t rows = problem.tokens();
@@ -197,8 +236,7 @@ void decode_forward(const DecodeCall& call) {
     const AttentionState mine = rows_of(total, task.queries);
     start_rows(problem, mine);
     for (std::int64_t j = 0; j < task.parts; ++j) {
-      const auto place = parts[static_cast<std::size_t>(task.first_part + j)].second;
-      merge_states(state_at(states.get() + place, task.queries.size(), problem), mine);
+      merge_states(state_of(task, j), mine);
     }
     if (!call.o) return;
     const TensorView log_sum_exp = batched(call.log_sum_exp);

@@ -128,14 +128,14 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
     return problem.kv_heads() * quads * Scratch::room_for(2 * kScores);
   }
 
-  void compute(const AttentionState& partial) {
-    each_tile(partial, kApartTiles, [this](const Tiles& tiles) { pass(tiles); });
+  void compute(std::span<const AttentionState> partials) {
+    each_tile(partials, kApartTiles, [this](const Tiles& tiles) { pass(tiles); });
   }
 
  private:
   static constexpr std::int64_t kStreams = RowsByBlocks::kStreams;
   // What is settled has left L2 meanwhile; weights in bf16 round more than sums of 1,024 tokens do.
-  static constexpr std::int64_t kApartTiles = 64;
+  static constexpr std::int64_t kApartTiles = 256;
   // Keys of a stream that fill this are asked for ahead of their use, and again.
   static constexpr std::int64_t kFarBytes = 8192;
   static constexpr std::int64_t kNearBytes = 2048;
@@ -275,13 +275,13 @@ class DecodeHeads : PairQuads<RowsByBlocks> {
 };
 
 inline void decode_heads(const DecodeProblem& problem, const DecodeBlock& block,
-                         const AttentionState& partial, Scratch& scratch) {
+                         std::span<const AttentionState> partials, Scratch& scratch) {
   const auto has = [&](std::int64_t columns) {
     return problem.head_dim() == columns && problem.value_dim() == columns;
   };
-  if (has(128)) return DecodeHeads<128>(problem, block, scratch).compute(partial);
-  if (has(64)) return DecodeHeads<64>(problem, block, scratch).compute(partial);
-  DecodeHeads<0>(problem, block, scratch).compute(partial);
+  if (has(128)) return DecodeHeads<128>(problem, block, scratch).compute(partials);
+  if (has(64)) return DecodeHeads<64>(problem, block, scratch).compute(partials);
+  DecodeHeads<0>(problem, block, scratch).compute(partials);
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

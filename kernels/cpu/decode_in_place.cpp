@@ -84,7 +84,7 @@ void decode_in_place(const AttentionProblem& problem, std::int64_t batch, Span k
   const Span row{batch, batch + 1};
   const AttentionState state{partial.accumulator.slice(0, row), partial.row_max.slice(0, row),
                              partial.row_sum.slice(0, row)};
-  decode_pages(page.problem(), {0, {0, problem.seq_q()}, keys}, state, scratch);
+  decode_pages(page.problem(), {0, {0, problem.seq_q()}, keys, keys.size()}, {&state, 1}, scratch);
 }
 
 }  // namespace annulus::kernels

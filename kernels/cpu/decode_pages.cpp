@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kernels/cpu/row_block.hpp"
@@ -39,7 +40,7 @@ class DecodePages : DecodeQuads<Rows> {
   using Base::Base;
   using Base::scratch_floats;
 
-  void compute(const AttentionState& partial) {
+  void compute(std::span<const AttentionState> partials) {
     std::array<Tile, 2> tiles;
     this->find(this->tokens_.begin, tiles[0]);
     std::int64_t unsettled = 0;
@@ -49,11 +50,14 @@ class DecodePages : DecodeQuads<Rows> {
       score(tiles[i], next);
       weigh(tiles[i]);
       add(tiles[i], next);
-      if (++unsettled < kSettledTiles && next.count > 0) continue;
-      this->settle();
-      unsettled = 0;
+      if (this->ends_part(tiles[i])) {
+        this->write_part(tiles[i], partials);
+        unsettled = 0;
+      } else if (++unsettled == kSettledTiles) {
+        this->settle();
+        unsettled = 0;
+      }
     }
-    this->write(partial);
   }
 
  private:
@@ -157,21 +161,21 @@ bool o_stays_near(const DecodeProblem& problem, const DecodeBlock& block) {
 #endif
 
 void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
-                      const AttentionState& partial, Scratch& scratch) {
+                      std::span<const AttentionState> partials, Scratch& scratch) {
 #if ANNULUS_PAIRS
   if (uses_bf16_dots(problem.q.dtype)) {
     if (cpu::dot_decode() == cpu::DotDecode::heads) {
-      return decode_heads(problem, block, partial, scratch);
+      return decode_heads(problem, block, partials, scratch);
     }
-    if (o_stays_near(problem, block)) return decode_pairs(problem, block, partial, scratch);
+    if (o_stays_near(problem, block)) return decode_pairs(problem, block, partials, scratch);
   }
 #endif
   if (problem.q.dtype == DType::f32) {
-    DecodePages<RowsF32>(problem, block, scratch).compute(partial);
+    DecodePages<RowsF32>(problem, block, scratch).compute(partials);
   } else if (problem.q.dtype == DType::f16) {
-    DecodePages<RowsF16>(problem, block, scratch).compute(partial);
+    DecodePages<RowsF16>(problem, block, scratch).compute(partials);
   } else {
-    DecodePages<RowsBf16>(problem, block, scratch).compute(partial);
+    DecodePages<RowsBf16>(problem, block, scratch).compute(partials);
   }
 }
 
@@ -201,8 +205,8 @@ std::int64_t decode_pages_scratch(const DecodeProblem& problem, std::int64_t que
 }
 
 void decode_pages(const DecodeProblem& problem, const DecodeBlock& block,
-                  const AttentionState& partial, Scratch& scratch) {
-  HWY_DYNAMIC_DISPATCH(decode_on_target)(problem, block, partial, scratch);
+                  std::span<const AttentionState> partials, Scratch& scratch) {
+  HWY_DYNAMIC_DISPATCH(decode_on_target)(problem, block, partials, scratch);
 }
 
 }  // namespace annulus::kernels

@@ -89,8 +89,8 @@ class DecodePairs : PairQuads<RowsByParity> {
   DecodePairs(const DecodeProblem& problem, const DecodeBlock& block, Scratch& scratch)
       : PairQuads(problem, block, scratch), k_(stream_of(problem.k)), v_(stream_of(problem.v)) {}
 
-  void compute(const AttentionState& partial) {
-    each_tile(partial, kSettledTiles, [this](const Tiles& tiles) {
+  void compute(std::span<const AttentionState> partials) {
+    each_tile(partials, kSettledTiles, [this](const Tiles& tiles) {
       if (tiles.values.count == kTile && sees_all(tiles.values) && tiles.keys.count == kTile) {
         pass_whole(tiles);
       } else {
@@ -237,13 +237,13 @@ class DecodePairs : PairQuads<RowsByParity> {
 };
 
 inline void decode_pairs(const DecodeProblem& problem, const DecodeBlock& block,
-                         const AttentionState& partial, Scratch& scratch) {
+                         std::span<const AttentionState> partials, Scratch& scratch) {
   const auto has = [&](std::int64_t columns) {
     return problem.head_dim() == columns && problem.value_dim() == columns;
   };
-  if (has(128)) return DecodePairs<128>(problem, block, scratch).compute(partial);
-  if (has(64)) return DecodePairs<64>(problem, block, scratch).compute(partial);
-  DecodePairs<0>(problem, block, scratch).compute(partial);
+  if (has(128)) return DecodePairs<128>(problem, block, scratch).compute(partials);
+  if (has(64)) return DecodePairs<64>(problem, block, scratch).compute(partials);
+  DecodePairs<0>(problem, block, scratch).compute(partials);
 }
 
 }  // namespace annulus::kernels::HWY_NAMESPACE

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "hwy/highway.h"
@@ -60,11 +61,11 @@ class DecodeQuads {
  public:
   DecodeQuads(const DecodeProblem& problem, const DecodeBlock& block, Scratch& scratch)
       : problem_(problem),
-        block_(block),
         q_stride_(Rows::query_stride(problem.head_dim())),
         o_stride_(round_up(problem.value_dim(), kPair)),
         rows_(block.queries.size() * problem.group_size()),
-        quads_of_head_((rows_ + kQuad - 1) / kQuad) {
+        quads_of_head_((rows_ + kQuad - 1) / kQuad),
+        block_(block) {
     std::vector<Span> tokens;
     for (std::int64_t i = 0; i < block.queries.size(); ++i) {
       tokens.push_back(visible_tokens(problem, block.sequence, block.queries.begin + i));
@@ -81,8 +82,9 @@ class DecodeQuads {
     for (std::int64_t head = 0; head < problem.kv_heads(); ++head) {
       for (std::int64_t i = 0; i < quads_of_head_; ++i) start(head, i * kQuad, tokens, scratch);
     }
-    for (Quad& quad : quads_) quad.o = zeros(kQuad * o_stride_, scratch);
-    for (Quad& quad : quads_) start_settled(quad, scratch);
+    for (Quad& quad : quads_) quad.o = scratch.take(kQuad * o_stride_);
+    for (Quad& quad : quads_) take_settled(quad, scratch);
+    start_part();
   }
 
   static std::int64_t scratch_floats(const DecodeProblem& problem, std::int64_t queries) {
@@ -169,26 +171,63 @@ class DecodeQuads {
         float* o = quad.o + r * o_stride_;
         float* settled = quad.settled_o + r * o_stride_;
         for (std::int64_t i = 0; i < o_stride_; i += kLanes) {
-          hn::Store(hn::MulAdd(hn::Load(d, settled + i), rescale, hn::Load(d, o + i)), d,
-                    settled + i);
+          const FloatVec before = settled_ ? hn::Load(d, settled + i) : hn::Zero(d);
+          hn::Store(hn::MulAdd(before, rescale, hn::Load(d, o + i)), d, settled + i);
           hn::Store(hn::Zero(d), d, o + i);
         }
         quad.settled_rescale[r] = 1.0F;
       }
     }
+    settled_ = true;
   }
 
   std::int64_t head_of(std::size_t quad) const {
     return static_cast<std::int64_t>(quad) / quads_of_head_;
   }
 
-  /// @pre all sums are settled
+  bool ends_part(const Tile& tile) const {
+    const std::int64_t end = tile.first + tile.count;
+    return end == tokens_.end || (end - tokens_.begin) % block_.part == 0;
+  }
+
+  /// The state of the part that the tile ends; then that of the next one starts.
+  void write_part(const Tile& tile, std::span<const AttentionState> partials) {
+    if (settled_) settle();
+    write(partials[static_cast<std::size_t>((tile.first - tokens_.begin) / block_.part)]);
+    start_part();
+  }
+
+  const DecodeProblem& problem_;
+  std::int64_t q_stride_;
+  std::int64_t o_stride_;
+  std::int64_t rows_;  // of a KV head
+  std::int64_t quads_of_head_;
+  Span tokens_;   // that some row sees
+  Span all_see_;  // that every row sees
+  std::vector<Quad> quads_;
+
+ private:
+  const DecodeBlock& block_;
+  bool settled_ = false;  // whether there are sums of this part that are
+
+  void start_part() {
+    settled_ = false;
+    for (Quad& quad : quads_) {
+      std::fill_n(quad.max, kGroupLanes, kMinusInfinity);
+      std::fill_n(quad.o, kQuad * o_stride_, 0.0F);
+      std::fill_n(quad.sum, kGroupLanes, 0.0F);
+      std::fill_n(quad.settled_sum, kGroupLanes, 0.0F);
+      std::fill_n(quad.settled_rescale, kQuad, 1.0F);
+    }
+  }
+
   void write(const AttentionState& partial) const {
     HWY_ALIGN float sums[kQuad];
     for (std::size_t i = 0; i < quads_.size(); ++i) {
       const Quad& quad = quads_[i];
       RowGroup group;
-      for (int g = 0; g < kGroup; ++g) group[g] = hn::Load(Floats(), quad.settled_sum + g * kLanes);
+      const float* sum = settled_ ? quad.settled_sum : quad.sum;
+      for (int g = 0; g < kGroup; ++g) group[g] = hn::Load(Floats(), sum + g * kLanes);
       store_reduced(group, AddVectors(), sums);
       const std::int64_t first = static_cast<std::int64_t>(i) % quads_of_head_ * kQuad;
       for (std::int64_t r = 0; r < std::min(kQuad, rows_ - first); ++r) {
@@ -200,24 +239,13 @@ class DecodeQuads {
         };
         statistic(partial.row_max) = quad.max[r];
         statistic(partial.row_sum) = sums[r];
-        write_row(quad.settled_o + r * o_stride_,
+        write_row((settled_ ? quad.settled_o : quad.o) + r * o_stride_,
                   static_cast<float*>(partial.accumulator.data) +
                       row_offset(partial.accumulator, 0, query, head));
       }
     }
   }
 
-  const DecodeProblem& problem_;
-  const DecodeBlock& block_;
-  std::int64_t q_stride_;
-  std::int64_t o_stride_;
-  std::int64_t rows_;  // of a KV head
-  std::int64_t quads_of_head_;
-  Span tokens_;   // that some row sees
-  Span all_see_;  // that every row sees
-  std::vector<Quad> quads_;
-
- private:
   // Places that are constants for all columns but the last ones: a part of 2,048 keys spent 1.4% of
   // its time on computing them.
   void write_row(const float* HWY_RESTRICT packed, float* HWY_RESTRICT o) const {
@@ -239,9 +267,8 @@ class DecodeQuads {
     quad.q = zeros(kQuad * q_stride_, scratch);
     quad.s = scratch.take(2 * kScores);
     quad.max = scratch.take(kGroupLanes);
-    quad.sum = zeros(kGroupLanes, scratch);
+    quad.sum = scratch.take(kGroupLanes);
     quad.rescale = scratch.take(kQuad);
-    std::fill_n(quad.max, kGroupLanes, kMinusInfinity);
     const std::int64_t dim = problem_.head_dim();
     std::vector<float> row_of_q(static_cast<std::size_t>(dim));
     for (std::int64_t r = 0; r < kQuad; ++r) {
@@ -265,11 +292,10 @@ class DecodeQuads {
   }
 
   // Seldom touched, and therefore not between what stays in L1.
-  void start_settled(Quad& quad, Scratch& scratch) const {
-    quad.settled_o = zeros(kQuad * o_stride_, scratch);
-    quad.settled_sum = zeros(kGroupLanes, scratch);
+  void take_settled(Quad& quad, Scratch& scratch) const {
+    quad.settled_o = scratch.take(kQuad * o_stride_);
+    quad.settled_sum = scratch.take(kGroupLanes);
     quad.settled_rescale = scratch.take(kQuad);
-    std::fill_n(quad.settled_rescale, kQuad, 1.0F);
   }
 };
 

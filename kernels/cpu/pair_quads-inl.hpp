@@ -171,10 +171,11 @@ class PairQuads : protected DecodeQuads<Rows> {
     const Tile& next;
   };
 
-  // Calls pass(tiles) while there are values or keys, then writes what the rows sum up to. The sums
-  // of so many tiles are kept apart.
+  // Calls pass(tiles) while there are values or keys, and writes what the rows sum up to after the
+  // last values of a part. The sums of so many tiles are kept apart.
   template <class Pass>
-  void each_tile(const AttentionState& partial, std::int64_t settled_tiles, const Pass& pass) {
+  void each_tile(std::span<const AttentionState> partials, std::int64_t settled_tiles,
+                 const Pass& pass) {
     find(tokens_.end, tiles_[0]);
     find(tokens_.begin, tiles_[1]);
     std::int64_t unsettled = 0;
@@ -185,11 +186,15 @@ class PairQuads : protected DecodeQuads<Rows> {
       if (values.count == 0 && keys.count == 0) break;
       find(keys.first + keys.count, next);
       pass(Tiles{values, keys, next});
-      if (values.count == 0 || (++unsettled < settled_tiles && keys.count > 0)) continue;
-      this->settle();
-      unsettled = 0;
+      if (values.count == 0) continue;
+      if (this->ends_part(values)) {
+        this->write_part(values, partials);
+        unsettled = 0;
+      } else if (++unsettled == settled_tiles) {
+        this->settle();
+        unsettled = 0;
+      }
     }
-    this->write(partial);
   }
 
   // p ← the weights of a tile, [4 tokens, row] a vector, of the products of pairs of keys in s.

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <omp.h>
 
 #include "kernels/cpu/targets.hpp"
 // clang-format off
@@ -155,6 +156,44 @@ TEST(DecodeCpu, EqualsTheReferenceWhereScoresRiseFar) {
     options.sequences = {{1, 3000}, {3, 700}};
     expect_for_all_pages(options, test_seed());
   }
+}
+
+// O, then log-sum-exp.
+std::vector<double> outputs(const DecodeProblem& problem, int threads) {
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  HostTensor o(problem.q.dtype, Shape{problem.tokens(), problem.q_heads(), problem.value_dim()},
+               {0, 1, 2}, 0);
+  HostTensor log_sum_exp(DType::f32, Shape{problem.q_heads(), problem.tokens()}, {0, 1}, 0);
+  decode_forward({problem, {}, o.view(), log_sum_exp.view(), {}}, "cpu");
+  omp_set_num_threads(before);
+  std::vector<double> all = o.values();
+  for (const double value : log_sum_exp.values()) all.push_back(value);
+  return all;
+}
+
+void expect_same_bits(DType dtype) {
+  DecodeOptions options;
+  options.dtype = dtype;
+  options.spread = 3.0F;
+  options.sequences = {{1, 5000}, {2, 1700, 130}};
+  const DecodeCase expected(options, test_seed());
+  for (const std::int64_t page_size : kPageSizes) {
+    SCOPED_TRACE(fmt::format("{}, pages of {}", options.to_string(), page_size));
+    const PagedCache cache = expected.paged({}, page_size, test_seed());
+    const DecodeProblem problem = cache.problem(expected, {});
+    const std::vector<double> alone = outputs(problem, 64);  // every part a run of its own
+    for (const int threads : {1, 2, 3}) EXPECT_EQ(outputs(problem, threads), alone) << threads;
+  }
+}
+
+// Parts of the keys have states of their own, however many of them a thread takes in a row: the
+// scores are so large that a maximum which a part has from the one before it would be seen.
+TEST(DecodeCpu, HasTheSameBitsForAnyNumberOfThreads) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) expect_same_bits(dtype);
+  kernels::cpu::choose_dot_decode(kernels::cpu::DotDecode::pairs);
+  expect_same_bits(DType::bf16);
+  kernels::cpu::choose_dot_decode({});
 }
 
 TEST(DecodeCpu, LatentOf512And64Columns) {
