@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "kernels/attention.hpp"
+#include "kernels/cpu/peak.hpp"
 
 namespace {
 
@@ -78,4 +79,11 @@ extern "C" int annulus_backward(const void* q, const void* k, const void* v, con
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 1;
+}
+
+/// Floating-point operations of so many rounds that never leave registers: multiply-adds of f32,
+/// or dot products of bf16 where the processor has them.
+extern "C" double annulus_peak_rounds(std::int64_t rounds, int bf16) {
+  const double dots = bf16 != 0 ? kernels::cpu::bf16_dot_rounds(rounds) : 0.0;
+  return dots > 0.0 ? dots : kernels::cpu::multiply_add_rounds(rounds);
 }

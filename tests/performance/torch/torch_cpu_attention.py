@@ -4,6 +4,10 @@
     taskset -c 0 venv/bin/python tests/performance/torch/torch_cpu_attention.py \
         build/libannulus_attention_c.so
 
+Each row says what part of the processor's peak both reach (loops in registers, in turn with them),
+and hence how many times PyTorch's speed no kernel can exceed. Vectors only: the tile unit's peak is
+another.
+
 Rows can be run one at a time (--dtype, --head-dim, --mask, --direction), and on a machine with
 other work by the time that the processor spent on them (--cpu-time).
 """
@@ -18,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 HEADS = 8
 THREADS = 1
+PEAK_ROUNDS = 20_000_000
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,6 +35,10 @@ class Annulus:
 
     def __init__(self, library):
         self.library = ctypes.CDLL(library)
+        self.library.annulus_peak_rounds.restype = ctypes.c_double
+
+    def peak_rounds(self, rounds, dtype):
+        return self.library.annulus_peak_rounds(ctypes.c_int64(rounds), int(dtype == torch.bfloat16))
 
     def forward(self, q, k, v, o, lse, causal):
         sizes = [ctypes.c_int64(n) for n in q.shape[1:]]
@@ -43,7 +52,7 @@ class Annulus:
 
 
 class Clock:
-    """Median seconds of two pieces of work in turn."""
+    """Median seconds of pieces of work in turn."""
 
     def __init__(self, repeats, cpu_time):
         self.repeats = repeats
@@ -54,10 +63,11 @@ class Clock:
         work()
         return self.now() - start
 
-    def in_turn(self, first, second):
-        first(), second()
-        pairs = [(self.seconds(first), self.seconds(second)) for _ in range(self.repeats)]
-        return [statistics.median(times) for times in zip(*pairs)]
+    def in_turn(self, *works):
+        for work in works:
+            work()
+        rounds = [[self.seconds(work) for work in works] for _ in range(self.repeats)]
+        return [statistics.median(times) for times in zip(*rounds)]
 
 
 def compare(annulus, clock, dtype, seq, head_dim, causal, directions):
@@ -77,11 +87,14 @@ def compare(annulus, clock, dtype, seq, head_dim, causal, directions):
     def annulus_forward():
         annulus.forward(q, k, v, o, lse, causal)
 
+    def peak():
+        annulus.peak_rounds(PEAK_ROUNDS, dtype)
+
     annulus_forward()
     difference = (torch_forward().transpose(1, 2) - o).abs().max().item()
     assert difference < (1e-4 if dtype == torch.float32 else 0.05), difference
     if "forward" in directions:
-        yield "forward", *clock.in_turn(torch_forward, annulus_forward)
+        yield "forward", *clock.in_turn(torch_forward, annulus_forward, peak)
     if "backward" not in directions:
         return
 
@@ -97,7 +110,13 @@ def compare(annulus, clock, dtype, seq, head_dim, causal, directions):
     for mine, torchs in zip(grads, torch_backward()):
         difference = (mine - torchs).abs().max().item()
         assert difference < (1e-3 if dtype == torch.float32 else 0.2), difference
-    yield "backward", *clock.in_turn(torch_backward, annulus_backward)
+    yield "backward", *clock.in_turn(torch_backward, annulus_backward, peak)
+
+
+def operations(seq, head_dim, causal, direction):
+    """Of the kept scores; the backward pass has five products to the forward's two."""
+    kept = seq * (seq + 1) / 2 if causal else seq * seq
+    return (4 if direction == "forward" else 10) * kept * head_dim * HEADS
 
 
 def arguments():
@@ -123,10 +142,13 @@ def main():
     for dtype, head_dim, mask in itertools.product(given.dtype, given.head_dim, given.mask):
         rows = compare(annulus, clock, DTYPES[dtype], given.seq, head_dim, mask == "causal",
                        given.direction)
-        for direction, theirs, ours in rows:
+        for direction, theirs, ours, peak in rows:
+            least = operations(given.seq, head_dim, mask == "causal", direction) * peak
+            least /= PEAK_ROUNDS * annulus.peak_rounds(1, DTYPES[dtype])
             print(f"{dtype} S={given.seq} D={head_dim} {mask:6} {direction:8} "
-                  f"torch {theirs * 1e3:7.1f} ms, annulus {ours * 1e3:7.1f} ms: "
-                  f"{theirs / ours:.2f}x", flush=True)
+                  f"torch {theirs * 1e3:7.1f} ms ({least / theirs:.2f} of the peak), "
+                  f"annulus {ours * 1e3:7.1f} ms ({least / ours:.2f}): {theirs / ours:.2f}x, "
+                  f"at most {theirs / least:.2f}x", flush=True)
 
 
 if __name__ == "__main__":
