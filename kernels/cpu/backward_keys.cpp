@@ -17,6 +17,7 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/backward_operands-inl.hpp"
 #include "kernels/cpu/backward_pairs-inl.hpp"
+#include "kernels/cpu/backward_panels-inl.hpp"
 #include "kernels/cpu/backward_split-inl.hpp"
 #include "kernels/cpu/gradient_tile-inl.hpp"
 #include "kernels/cpu/logits_tile-inl.hpp"
@@ -51,18 +52,11 @@ class BackwardKeys {
 #endif
     dk_ = scratch.take((keys + 8) * k_stride_);
     dv_ = scratch.take((keys + 8) * v_stride_);
-    if (!splits_) {
-      for (float** panels : {&k_, &k_columns_}) *panels = scratch.take(keys * head_dim_);
-      v_ = scratch.take(keys * value_dim_);
-    }
-    rows_buffer_ = scratch.take(8 * std::max(k_stride_, v_stride_));
     q_rows_ = scratch.take(kTileLanes * k_stride_);
     grad_o_rows_ = scratch.take(kTileLanes * v_stride_);
     std::fill_n(q_rows_, kTileLanes * k_stride_, 0.0F);
     std::fill_n(grad_o_rows_, kTileLanes * v_stride_, 0.0F);
-    q_ = scratch.take(head_dim_ * kTileLanes);
     dq_ = scratch.take(head_dim_ * kTileLanes);
-    grad_o_ = scratch.take(value_dim_ * kTileLanes);
     for (float** tile :
          {&p_, &ds_, &buffers_.addend, &buffers_.kept, &buffers_.factor, &buffers_.capped}) {
       *tile = scratch.take((kKeyTile + 8) * kTileLanes);
@@ -70,6 +64,7 @@ class BackwardKeys {
     buffers_.rows = scratch.take(kPairRowsFloats);
     lse_ = scratch.take(kTileLanes);
     delta_ = scratch.take(kTileLanes);
+    if (!splits_) panels_.emplace(problem_, keys, scratch);
 #if ANNULUS_AMX
     if (splits_) {
       split_.emplace(
@@ -82,10 +77,7 @@ class BackwardKeys {
   static std::int64_t scratch_floats(const AttentionProblem& problem) {
     const std::int64_t strides = tile_stride(problem.head_dim()) + tile_stride(problem.value_dim());
     const std::int64_t keys = backward_chunk_keys(problem);
-    const std::int64_t packed =
-        splits_on_amx(problem.q.dtype) ? 0 : keys * (2 * problem.head_dim() + problem.value_dim());
-    return (keys + 8) * strides + packed + (8 + kTileLanes) * strides +
-           kTileLanes * (2 * problem.head_dim() + problem.value_dim()) +
+    return (keys + 8 + kTileLanes) * strides + kTileLanes * problem.head_dim() +
            6 * (kKeyTile + 8) * kTileLanes + kPairRowsFloats + 2 * kTileLanes + 32 * 24 +
            operand_floats(problem);
   }
@@ -110,25 +102,21 @@ class BackwardKeys {
   }
 
  private:
-  static std::int64_t operand_floats([[maybe_unused]] const AttentionProblem& problem) {
+  static std::int64_t operand_floats(const AttentionProblem& problem) {
+    const std::int64_t keys = backward_chunk_keys(problem);
 #if ANNULUS_AMX
-    if (uses_amx(problem.q.dtype)) {
-      return BackwardOperands::floats(problem, backward_chunk_keys(problem));
-    }
-    if (splits_on_amx(problem.q.dtype)) {
-      return BackwardSplit::floats(problem, backward_chunk_keys(problem));
-    }
+    if (splits_on_amx(problem.q.dtype)) return BackwardSplit::floats(problem, keys);
+#endif
+    std::int64_t floats = BackwardPanels::floats(problem, keys);
+#if ANNULUS_AMX
+    if (uses_amx(problem.q.dtype)) floats += BackwardOperands::floats(problem, keys);
 #endif
 #if ANNULUS_PAIRS
-    if (uses_bf16_dots(problem.q.dtype)) {
-      return BackwardPairs::floats(problem, backward_chunk_keys(problem));
-    }
+    if (uses_bf16_dots(problem.q.dtype)) floats += BackwardPairs::floats(problem, keys);
 #endif
-    return 0;
+    return floats;
   }
 
-  // K and V in panels of keys, [keys / 8, dim, 8], and K also in panels of its columns,
-  // [head_dim / 8, keys, 8], for dQ.
   void load_keys() {
     const std::int64_t keys = rows_.keys.size();
     std::fill_n(dk_, (keys + 8) * k_stride_, 0.0F);
@@ -136,33 +124,13 @@ class BackwardKeys {
 #if ANNULUS_AMX
     if (split_) return split_->load_keys();
 #endif
-    for (std::int64_t first = 0; first < keys; first += 8) {
-      const std::int64_t count = std::min<std::int64_t>(8, keys - first);
-      load_panel(problem_.k, first, count, k_stride_, k_ + first * head_dim_);
-      if (dots_) continue;
-      for (std::int64_t i = 0; i < count; ++i) {
-        store_in_panels(rows_buffer_ + i * k_stride_, head_dim_, backward_chunk_keys(problem_),
-                        first + i, k_columns_);
-      }
-      load_panel(problem_.v, first, count, v_stride_, v_ + first * value_dim_);
-    }
+    panels_->load_keys(rows_, dots_ ? BackwardPanels::Kept::k : BackwardPanels::Kept::all);
 #if ANNULUS_AMX
     if (amx_) operands_->load_keys(problem_, rows_);
 #endif
 #if ANNULUS_PAIRS
     if (pairs_) pairs_->load_keys(problem_, rows_);
 #endif
-  }
-
-  void load_panel(const ConstTensorView& view, std::int64_t first, std::int64_t count,
-                  std::int64_t stride, float* panel) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      load_row(view.data, view.dtype,
-               row_offset(view, rows_.batch, rows_.keys.begin + first + i, rows_.kv_head),
-               view.shape[3], rows_buffer_ + i * stride);
-    }
-    std::fill_n(rows_buffer_ + count * stride, (8 - count) * stride, 0.0F);
-    transpose(rows_buffer_, stride, 8, view.shape[3], panel, 8);
   }
 
   void prefetch_queries(const TileRows& rows) {
@@ -214,11 +182,7 @@ class BackwardKeys {
                                   problem_.scale < 0.0F);
     }
 #endif
-    transpose(q_rows_, k_stride_, kTileLanes, head_dim_, q_, kTileLanes);
-    transpose(grad_o_rows_, v_stride_, kTileLanes, value_dim_, grad_o_, kTileLanes);
-    if (problem_.scale < 0.0F) {
-      for (std::int64_t i = 0; i < head_dim_ * kTileLanes; ++i) q_[i] = -q_[i];
-    }
+    panels_->load_queries(query_rows());
 #if ANNULUS_AMX
     if (amx_) {
       operands_->load_queries(q_rows_, k_stride_, grad_o_rows_, v_stride_, rows.count,
@@ -278,8 +242,9 @@ class BackwardKeys {
                                   static_cast<bool>(call_.grad_q));
     }
 #endif
-    if (masked && !operands_are_finite(first - before, panels)) {
-      return add_kept_products(tile, first, p, ds);
+    const BackwardSums sums{call_.grad_q ? dq_ : nullptr, dk_, dv_, k_stride_, v_stride_};
+    if (masked && !panels_->finite(query_rows(), first - before, panels)) {
+      return panels_->add_kept(tile, first, p, ds, query_rows(), sums);
     }
 #if ANNULUS_AMX
     if (amx_) return add_half_products(tile, first - before, before, panels);
@@ -287,13 +252,13 @@ class BackwardKeys {
 #if ANNULUS_PAIRS
     if (pairs_) {
       clear_outside(before, keys, panels);
-      return pairs_->add_gradients(tile.vectors, first - before, panels, p_, ds_,
-                                   {call_.grad_q ? dq_ : nullptr, dk_, dv_, k_stride_, v_stride_},
-                                   &prefetch_);
+      return pairs_->add_gradients(tile.vectors, first - before, panels, p_, ds_, sums, &prefetch_);
     }
 #endif
-    add_products(tile, first, p, ds);
+    panels_->add_gradients(tile, first, p, ds, query_rows(), sums);
   }
+
+  QueryRows query_rows() const { return {q_rows_, grad_o_rows_, k_stride_, v_stride_}; }
 
   // K·Qᵀ and V·dOᵀ for whole panels of keys.
   void multiply_queries(const LogitsTile& tile, std::int64_t first, std::int64_t keys) {
@@ -304,12 +269,7 @@ class BackwardKeys {
 #if ANNULUS_PAIRS
     if (pairs_) return pairs_->multiply(tile.vectors, first, keys, p_, ds_, &prefetch_);
 #endif
-    gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, head_dim_},
-                                            {k_ + first * head_dim_, 8 * head_dim_}, q_, kTileLanes,
-                                            p_, kTileLanes, nullptr, &prefetch_);
-    gemm<Update::overwrite, Layout::panels>({keys, tile.vectors, value_dim_},
-                                            {v_ + first * value_dim_, 8 * value_dim_}, grad_o_,
-                                            kTileLanes, ds_, kTileLanes, nullptr, &prefetch_);
+    panels_->multiply(tile.vectors, first, keys, p_, ds_, &prefetch_);
   }
 
 #if ANNULUS_AMX
@@ -385,72 +345,6 @@ class BackwardKeys {
   }
 #endif
 
-  // Of the right operands of dV, dK and dQ.
-  bool operands_are_finite(std::int64_t first, std::int64_t keys) const {
-    return all_finite(grad_o_rows_, kTileLanes * v_stride_) &&
-           all_finite(q_rows_, kTileLanes * k_stride_) &&
-           all_finite(k_ + first * head_dim_, keys * head_dim_);
-  }
-
-  // The same sums, bit for bit, without the terms of weight 0, which a mask may have dropped.
-  void add_kept_products(const LogitsTile& tile, std::int64_t first, const float* p,
-                         const float* ds) {
-    const std::int64_t keys = tile.run.keys.size();
-    for (std::int64_t i = 0; i < keys; ++i) {
-      add_kept_rows(tile.rows.count, p + i * kTileLanes, grad_o_rows_, v_stride_, value_dim_,
-                    dv_ + (first + i) * v_stride_);
-      add_kept_rows(tile.rows.count, ds + i * kTileLanes, q_rows_, k_stride_, head_dim_,
-                    dk_ + (first + i) * k_stride_);
-    }
-    if (!call_.grad_q) return;
-    const Floats d;
-    for_each_vector(
-        head_dim_, tile.vectors, dq_, [&](std::int64_t column, std::int64_t v, float* at) HWY_ATTR {
-          FloatVec sum = hn::Zero(d);
-          for (std::int64_t i = 0; i < keys; ++i) {
-            const FloatVec weight = hn::Load(d, ds + i * kTileLanes + v * kLanes);
-            const float k = k_[(first + i) / 8 * 8 * head_dim_ + column * 8 + (first + i) % 8];
-            sum = hn::IfThenElse(hn::Eq(weight, hn::Zero(d)), sum,
-                                 hn::MulAdd(hn::Set(d, k), weight, sum));
-          }
-          hn::Store(hn::Add(hn::Load(d, at), sum), d, at);
-        });
-  }
-
-  // to[column] += Σ weight·row over the lanes whose weight is not 0; rows padded to whole vectors.
-  static void add_kept_rows(std::int64_t lanes, const float* weights, const float* rows,
-                            std::int64_t stride, std::int64_t dim, float* to) {
-    const Floats d;
-    for (std::int64_t column = 0; column < dim; column += kLanes) {
-      FloatVec sum = hn::Zero(d);
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        if (weights[lane] == 0.0F) continue;
-        const FloatVec row = hn::Load(d, rows + lane * stride + column);
-        sum = hn::MulAdd(hn::Set(d, weights[lane]), row, sum);
-      }
-      hn::Store(hn::Add(hn::Load(d, to + column), sum), d, to + column);
-    }
-  }
-
-  // dV += P·dO, dK += dS·Q, dQᵀ += Kᵀ·dSᵀ. The first two write whole panels of keys: the rows
-  // beyond the run add zeros to their neighbours.
-  void add_products(const LogitsTile& tile, std::int64_t first, float* p, float* ds) {
-    const std::int64_t keys = tile.run.keys.size();
-    const std::int64_t panels = round_up(keys, 8);
-    std::fill_n(p + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
-    std::fill_n(ds + keys * kTileLanes, (panels - keys) * kTileLanes, 0.0F);
-    const std::int64_t k_vectors = (head_dim_ + kLanes - 1) / kLanes;
-    const std::int64_t v_vectors = (value_dim_ + kLanes - 1) / kLanes;
-    gemm<Update::add, Layout::tile>({panels, v_vectors, tile.rows.count}, tile_rows(p),
-                                    grad_o_rows_, v_stride_, dv_ + first * v_stride_, v_stride_);
-    gemm<Update::add, Layout::tile>({panels, k_vectors, tile.rows.count}, tile_rows(ds), q_rows_,
-                                    k_stride_, dk_ + first * k_stride_, k_stride_);
-    if (!call_.grad_q) return;
-    gemm<Update::add, Layout::panels>({head_dim_, tile.vectors, keys},
-                                      {k_columns_ + first * 8, 8 * backward_chunk_keys(problem_)},
-                                      ds, kTileLanes, dq_, kTileLanes);
-  }
-
   void write_grad_q(std::int64_t first_row) {
     const TileRows rows = rows_of_tile(rows_, first_row, lanes_);
     transpose(dq_, kTileLanes, head_dim_, kTileLanes, q_rows_, k_stride_);
@@ -485,23 +379,18 @@ class BackwardKeys {
   std::int64_t value_dim_;
   std::int64_t k_stride_;
   std::int64_t v_stride_;
-  float* k_ = nullptr;            // [keys / 8, head_dim, 8]
-  float* k_columns_ = nullptr;    // [head_dim / 8, keys, 8]
-  float* v_ = nullptr;            // [keys / 8, value_dim, 8]
   float* dk_ = nullptr;           // [keys, head_dim]
   float* dv_ = nullptr;           // [keys, value_dim]
-  float* rows_buffer_ = nullptr;  // [8, head_dim or value_dim]
   float* q_rows_ = nullptr;       // [lanes, head_dim]
   float* grad_o_rows_ = nullptr;  // [lanes, value_dim]
-  float* q_ = nullptr;            // [head_dim, lanes], as dq
-  float* dq_ = nullptr;
-  float* grad_o_ = nullptr;  // [value_dim, lanes]
-  float* p_ = nullptr;       // [keys + panel, lanes], as ds
+  float* dq_ = nullptr;           // [head_dim, lanes]
+  float* p_ = nullptr;            // [keys + panel, lanes], as ds
   float* ds_ = nullptr;
   std::int64_t lanes_;  // queries of a tile
   bool amx_;
   bool splits_;
   bool dots_;
+  std::optional<BackwardPanels> panels_;  // unless splits_
 #if ANNULUS_AMX
   std::optional<BackwardSplit> split_;        // where splits_
   std::optional<BackwardOperands> operands_;  // where amx_

@@ -13,6 +13,7 @@
 
 #include "hwy/highway.h"
 #include "kernels/attention.hpp"
+#include "kernels/cpu/backward_panels-inl.hpp"
 #include "kernels/cpu/gemm_tile-inl.hpp"
 #include "kernels/cpu/pack-inl.hpp"
 #include "kernels/cpu/pair_products-inl.hpp"
@@ -22,16 +23,6 @@
 #if ANNULUS_PAIRS
 HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
-
-/// What the products of a tile add to: dQᵀ [head_dim, lanes], rows of dK and dV from a chunk's
-/// first key on.
-struct BackwardSums {
-  float* dq = nullptr;  // or nobody asks for it
-  float* dk = nullptr;
-  float* dv = nullptr;
-  std::int64_t k_stride = 0;
-  std::int64_t v_stride = 0;
-};
 
 /// K and V of a chunk of keys, Q and dO of a tile of queries: pairs of columns for P and dP, of
 /// rows for the gradients.
