@@ -1,15 +1,15 @@
-#include "kernels/sm90/backward_dispatch.cuh"
+#include "kernels/sm90/backward_pair_kernel.cuh"
 
 namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = BackwardTile<Element, 192, 192, 64, 2, 1, Division::roles>;
+using Tile = PairTile<Element, 192, 192, 4, 4, 2>;
 
 }  // namespace
 
 BackwardVariant backward_d192(DType dtype, bool soft_cap) {
-  return backward_variant_of<Tile>(dtype, soft_cap);
+  return pair_variant_of<Tile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

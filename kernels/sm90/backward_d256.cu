@@ -1,15 +1,15 @@
-#include "kernels/sm90/backward_dispatch.cuh"
+#include "kernels/sm90/backward_pair_kernel.cuh"
 
 namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = BackwardTile<Element, 256, 256, 64, 2, 1, Division::roles, 1, 2>;
+using Tile = PairTile<Element, 256, 256, 4, 3, 1>;
 
 }  // namespace
 
 BackwardVariant backward_d256(DType dtype, bool soft_cap) {
-  return backward_variant_of<Tile>(dtype, soft_cap);
+  return pair_variant_of<Tile>(dtype, soft_cap);
 }
 
 }  // namespace annulus::kernels::sm90

@@ -98,10 +98,10 @@ struct Gradients {
 void set_tensors(BackwardParams& params, const BackwardCall& call, const BackwardVariant& variant,
                  const Gradients& gradients) {
   const AttentionProblem& problem = call.problem;
-  params.q = tile_map(problem.q, variant.qk_columns, variant.queries);
-  params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries);
-  params.k = tile_map(problem.k, variant.qk_columns, variant.keys);
-  params.v = tile_map(problem.v, variant.v_columns, variant.keys);
+  params.q = tile_map(problem.q, variant.qk_columns, variant.queries / variant.cluster);
+  params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries / variant.cluster);
+  params.k = tile_map(problem.k, variant.qk_columns, variant.keys / variant.cluster);
+  params.v = tile_map(problem.v, variant.v_columns, variant.keys / variant.cluster);
   params.lse = static_cast<const float*>(call.log_sum_exp.data);
   params.delta = static_cast<const float*>(call.delta.data);
   params.lse_strides = head_strides(call.log_sum_exp);
@@ -125,7 +125,7 @@ DeviceWords set_turns(BackwardParams& params, const BackwardCall& call,
                       const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
   const std::int64_t blocks = (problem.seq_q() + variant.queries - 1) / variant.queries;
-  params.turn_rows = narrow(blocks * variant.queries / 16);
+  params.turn_rows = narrow(blocks * variant.queries / 16 * variant.cluster);
   const std::int64_t bytes = problem.batch() * problem.q_heads() * params.turn_rows * 4;
   DeviceWords turns(static_cast<std::uint32_t*>(cuda::allocate(bytes, call.stream)),
                     StreamDeleter{call.stream});
@@ -224,9 +224,9 @@ ForwardWork plan(const BackwardCall& call, const BackwardVariant& variant) {
 void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
   const ForwardWork work = plan(call, variant);
-  const int processors = multiprocessors();
+  const int clusters = multiprocessors() / variant.cluster;
   BackwardParams params{};
-  if (!work.entries.empty()) set_units(params, call, work, variant, processors);
+  if (!work.entries.empty()) set_units(params, call, work, variant, clusters);
   params.overwrites_kv = call.overwrites_kv && writes_all_keys(params, call, work, variant);
   if (call.overwrites_kv && !params.overwrites_kv) {
     clear(call.grad_k, call.stream);
@@ -245,7 +245,7 @@ void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   params.entry_table = tables.entries;
   params.ticket = ticket_counter(stream);
   const DeviceWords turns = call.deterministic ? set_turns(params, call, variant) : DeviceWords{};
-  variant.launch(params, std::min(processors, params.tickets), stream);
+  variant.launch(params, std::min(clusters, params.tickets), stream);
   gradients.q.finish();
   gradients.k.finish();
   gradients.v.finish();

@@ -16,7 +16,8 @@ struct BackwardVariant {
   int v_columns;
   int grad_q_rows;  // of a box of dQ, whose columns are 32
   int key_box;      // rows of dK and dV that are written at a time
-  void (*launch)(const BackwardParams& params, int blocks, cudaStream_t stream);
+  void (*launch)(const BackwardParams& params, int clusters, cudaStream_t stream);
+  int cluster = 1;  // thread blocks that share a block of keys
 };
 
 BackwardVariant backward_d64(DType dtype, bool soft_cap);

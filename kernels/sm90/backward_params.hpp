@@ -36,8 +36,8 @@ struct BackwardParams {
   const TileEntry* entry_table;
   unsigned* ticket;  // 0 before and after each launch
 
-  // Deterministic: who may add to 16 rows of dQ next, by (batch, head, row / 16); else null. Blocks
-  // of queries then start at multiples of their size.
+  // Deterministic: who may add to 16 rows of dQ next, by (batch, head, row / 16, block of a
+  // cluster); else null. Blocks of queries then start at multiples of their size.
   std::uint32_t* turns;
   std::int32_t turn_rows;
 

@@ -16,6 +16,54 @@ __device__ inline int first_block(int q) {
   return Tile::kOrdered ? q / Tile::kQueries * Tile::kQueries : q;
 }
 
+/// Blocks of queries of one head that meet the keys.
+template <typename Tile>
+__device__ inline int query_blocks(const BackwardParams& params, const KeyItem& item) {
+  int blocks = 0;
+  for (int i = item.slice_begin; i < item.slice_end; ++i) {
+    const int2 queries = queries_of(params.slice_table[i], item.k_begin, item.k_end);
+    if (queries.x <= queries.y) {
+      const int q = first_block<Tile>(queries.x);
+      blocks += (queries.y - q + Tile::kQueries) / Tile::kQueries;
+    }
+  }
+  return blocks;
+}
+
+/// What a ticket stands for, in blocks of `keys` keys.
+template <typename Tile>
+__device__ inline KeyItem key_item(const BackwardParams& params, int ticket, int keys) {
+  KeyItem item{};
+  item.ticket = ticket;
+  if (ticket >= params.tickets) return item;
+  const int section_tickets = params.section_units * params.entries;
+  const int section = ticket / section_tickets;
+  const int rest = ticket - section * section_tickets;
+  const int first_unit = section * params.section_units;
+  const int units = min(params.section_units, params.units - first_unit);
+  const int entry = rest / units;
+  const int unit = first_unit + rest - entry * units;
+
+  const TileEntry row = params.entry_table[entry];
+  item.batch = row.batch >= 0 ? row.batch : unit / params.batch_units;
+  const int in_batch = row.batch >= 0 ? unit : unit - item.batch * params.batch_units;
+  const int kv_index = in_batch / params.chunks;
+  const int chunk = in_batch - kv_index * params.chunks;
+  item.kv_head = params.first_kv_head + kv_index;
+  const int group_begin = item.kv_head * params.group_size - params.q_head_offset;
+  const int group_end = min(group_begin + params.group_size, params.q_heads);
+  const int begin = group_begin + chunk * params.chunk_heads;
+  item.head_begin = max(begin, 0);
+  item.head_end = min(begin + params.chunk_heads, group_end);
+  item.entry = entry;
+  item.slice_begin = row.slice_begin;
+  item.slice_end = row.slice_end;
+  item.k_begin = row.q_begin;
+  item.k_end = min(row.q_begin + keys, params.slice_table[row.slice_begin].k_end);
+  item.blocks = max(item.head_end - item.head_begin, 0) * query_blocks<Tile>(params, item);
+  return item;
+}
+
 template <typename Tile>
 class BackwardScheduler {
  public:
@@ -26,7 +74,7 @@ class BackwardScheduler {
     int ticket = static_cast<int>(blockIdx.x);
     std::uint32_t parity = 1;  // of the release of the slot before
     while (true) {
-      const KeyItem item = decode(ticket);
+      const KeyItem item = key_item<Tile>(params_, ticket, Tile::kKeys);
       const bool last = ticket >= params_.tickets;
       if (last || item.blocks > 0) {
         mbarrier_wait(&shared_.work_empty, parity);
@@ -46,50 +94,6 @@ class BackwardScheduler {
   }
 
  private:
-  __device__ KeyItem decode(int ticket) const {
-    KeyItem item{};
-    item.ticket = ticket;
-    if (ticket >= params_.tickets) return item;
-    const int section_tickets = params_.section_units * params_.entries;
-    const int section = ticket / section_tickets;
-    const int rest = ticket - section * section_tickets;
-    const int first_unit = section * params_.section_units;
-    const int units = min(params_.section_units, params_.units - first_unit);
-    const int entry = rest / units;
-    const int unit = first_unit + rest - entry * units;
-
-    const TileEntry row = params_.entry_table[entry];
-    item.batch = row.batch >= 0 ? row.batch : unit / params_.batch_units;
-    const int in_batch = row.batch >= 0 ? unit : unit - item.batch * params_.batch_units;
-    const int kv_index = in_batch / params_.chunks;
-    const int chunk = in_batch - kv_index * params_.chunks;
-    item.kv_head = params_.first_kv_head + kv_index;
-    const int group_begin = item.kv_head * params_.group_size - params_.q_head_offset;
-    const int group_end = min(group_begin + params_.group_size, params_.q_heads);
-    const int begin = group_begin + chunk * params_.chunk_heads;
-    item.head_begin = max(begin, 0);
-    item.head_end = min(begin + params_.chunk_heads, group_end);
-    item.entry = entry;
-    item.slice_begin = row.slice_begin;
-    item.slice_end = row.slice_end;
-    item.k_begin = row.q_begin;
-    item.k_end = min(row.q_begin + Tile::kKeys, params_.slice_table[row.slice_begin].k_end);
-    item.blocks = max(item.head_end - item.head_begin, 0) * blocks_of(item);
-    return item;
-  }
-
-  __device__ int blocks_of(const KeyItem& item) const {
-    int blocks = 0;
-    for (int i = item.slice_begin; i < item.slice_end; ++i) {
-      const int2 queries = queries_of(params_.slice_table[i], item.k_begin, item.k_end);
-      if (queries.x <= queries.y) {
-        const int q = first_block<Tile>(queries.x);
-        blocks += (queries.y - q + Tile::kQueries) / Tile::kQueries;
-      }
-    }
-    return blocks;
-  }
-
   const BackwardParams& params_;
   SharedBackward<Tile>& shared_;
 };
