@@ -5,7 +5,6 @@
 #include "kernels/sm90/backward_keys.cuh"
 #include "kernels/sm90/backward_producer.cuh"
 #include "kernels/sm90/backward_queries.cuh"
-#include "kernels/sm90/backward_roles.cuh"
 #include "kernels/sm90/backward_rows.cuh"
 
 /// Backward attention for Hopper: one persistent block a multiprocessor. It keeps dK and dV of a
@@ -16,7 +15,6 @@ namespace annulus::kernels::sm90 {
 
 template <typename Tile>
 __device__ void init_barriers(SharedBackward<Tile>& shared) {
-  constexpr bool kRoles = Tile::kDivision == Division::roles;
   mbarrier_init(&shared.work_full, 1);
   mbarrier_init(&shared.work_empty, 1);
   for (int i = 0; i < Tile::kKvBuffers; ++i) {
@@ -32,10 +30,8 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
     mbarrier_init(&shared.rows_full[i], 1);
   }
   for (int i = 0; i < Tile::kScoreStages; ++i) {
-    mbarrier_init(&shared.grad_s_full[i], kRoles ? 4 : 4 * Tile::kGroups);
+    mbarrier_init(&shared.grad_s_full[i], 4 * Tile::kGroups);
     mbarrier_init(&shared.grad_s_empty[i], 4);
-    mbarrier_init(&shared.p_full[i], 4);
-    mbarrier_init(&shared.p_empty[i], 4);
   }
   for (int i = 0; i < Tile::kNotes; ++i) mbarrier_init(&shared.note_full[i], 1);
   for (int group = 0; group < Tile::kGroups; ++group) {
@@ -76,12 +72,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     grow_registers<Tile::kKeyRegisters>();
     if constexpr (Tile::kDrained) {
       BackwardGroup<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
-    } else if constexpr (Tile::kDivision == Division::keys) {
-      BackwardKeys<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
-    } else if (warpgroup == 1) {
-      BackwardValueRole<Tile, kSoftCap>(params, shared).run();
     } else {
-      BackwardKeyRole<Tile>(params, shared).run();
+      BackwardKeys<Tile, kSoftCap>(params, shared, warpgroup - 1).run();
     }
   }
 }

@@ -11,10 +11,8 @@ namespace annulus::kernels::sm90 {
 /// How warpgroups share the five products of a tile. halves: two take all products of 64 keys each,
 /// and each a half of dQ's columns. turns: three with 64 keys each, of which one after the other
 /// takes all of a block's dQ, where dK and dV leave registers for three. keys: two take all
-/// products of 64 keys but dQ, which a third takes, where dQ has no halves of 64 columns. roles:
-/// one takes S, P, dV and another dP, dS, dK of the same 64 keys, because no warpgroup has the
-/// registers for dK and dV of 64 keys and more than 128 columns; a third takes dQ.
-enum class Division { halves, turns, keys, roles };
+/// products of 64 keys but dQ, which a third takes, where dQ has no halves of 64 columns.
+enum class Division { halves, turns, keys };
 
 template <typename Element_, int kHeadDim_, int kValueDim_, int kQueries_, int kStages_,
           int kKvBuffers_, Division kDivision_, int kScoreStages_ = 2, int kPieces_ = 4>
@@ -27,10 +25,10 @@ struct BackwardTile {
   static constexpr bool kTurns = kDivision == Division::turns;
   static constexpr bool kDrained = kTurns || kDivision == Division::halves;  // dQ, by a warp
   static constexpr int kGroups = kTurns ? 3 : 2;  // warpgroups with dK and dV, or one of them
-  static constexpr int kKeys = kDivision == Division::roles ? 64 : 64 * kGroups;
+  static constexpr int kKeys = 64 * kGroups;
   static constexpr int kStages = kStages_;            // of Q and dO
   static constexpr int kKvBuffers = kKvBuffers_;      // of K and V
-  static constexpr int kScoreStages = kScoreStages_;  // of dS, and of P where it changes hands
+  static constexpr int kScoreStages = kScoreStages_;  // of dS
   // A note is kept until its dQ has left. When a block's Q is given back, dQ of the last is under
   // way in halves; in turns it may be that of the block itself and of one for each warpgroup.
   static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : kScoreStages);
@@ -107,10 +105,6 @@ struct SharedBackward {
   alignas(1024) Element grad_o[kStages][Tile::kQueries * Tile::kValueDim];
   alignas(1024) Element grad_s[kScores][Tile::kQueries * Tile::kKeys];
   alignas(1024) float grad_q[Tile::kDrains][Tile::kPieces][Tile::kPieceRows * 32];
-  // P, in the order of a thread's fragments, on its way from one role to the other.
-  alignas(16) uint4 p[Tile::kDivision == Division::roles ? kScores : 1]
-                     [Tile::kDivision == Division::roles ? Tile::kQueries / 16 : 1]
-                     [Tile::kDivision == Division::roles ? 128 : 1];
   alignas(16) float lse[kStages][Tile::kQueries];  // in powers of two
   alignas(16) float delta[kStages][Tile::kQueries];
   alignas(16) QueryNote notes[Tile::kNotes];
@@ -123,7 +117,6 @@ struct SharedBackward {
   std::uint64_t grad_o_full[kStages], grad_o_empty[kStages];
   std::uint64_t rows_full[kStages];  // lse and delta; released with grad_o
   std::uint64_t grad_s_full[kScores], grad_s_empty[kScores];
-  std::uint64_t p_full[kScores], p_empty[kScores];
   std::uint64_t grad_q_full[Tile::kGroups], grad_q_empty[Tile::kGroups];  // by warpgroup
   std::uint64_t note_full[Tile::kNotes];
 };
