@@ -79,7 +79,8 @@ class DecodeConsumer {
         lane_(lane),
         thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
         side_(warp_of_block() / 4 - 1),
-        headroom_(fminf(kHeadroom / params.exp_scale, 1e30F)) {}
+        headroom_(fminf(kHeadroom / params.exp_scale, 1e30F)),
+        ring_{params.stages} {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
@@ -251,7 +252,7 @@ class DecodeConsumer {
   const int thread_;
   const int side_;
   const float headroom_;  // in raw scores
-  Ring<Tile::kStages> ring_;
+  StageRing ring_;
 };
 
 }  // namespace annulus::kernels::sm90

@@ -4,7 +4,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = DecodeTile<Element, 128, 64, 4, 2>;
+using Tile = DecodeTile<Element, 128, 64, 6, 2>;
 
 }  // namespace
 

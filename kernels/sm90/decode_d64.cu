@@ -4,7 +4,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = DecodeTile<Element, 64, 128, 6>;
+using Tile = DecodeTile<Element, 64, 128, 6, 2>;
 
 }  // namespace
 

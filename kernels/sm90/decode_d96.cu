@@ -4,7 +4,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 template <typename Element>
-using Tile = DecodeTile<Element, 96, 128, 4>;
+using Tile = DecodeTile<Element, 96, 64, 8, 2>;
 
 }  // namespace
 

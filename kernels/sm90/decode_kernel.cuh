@@ -81,7 +81,12 @@ void launch_decode_kernel(const DecodeParams& params, int blocks, cudaStream_t s
 template <template <typename> typename Tile>
 DecodeVariant decode_variant(DType dtype) {
   using Half = Tile<__half>;
-  return {Half::kBlock, Half::Layout::kColumns, Half::Layout::kColumns, Half::kValueDim,
+  return {Half::kBlock,
+          Half::kStages,
+          Half::kFewStages,
+          Half::Layout::kColumns,
+          Half::Layout::kColumns,
+          Half::kValueDim,
           dtype == DType::bf16 ? launch_decode_kernel<Tile<__nv_bfloat16>>
                                : launch_decode_kernel<Half>};
 }

@@ -39,7 +39,12 @@ void launch(const DecodeParams& params, int blocks, cudaStream_t stream) {
 
 DecodeVariant decode_latent(DType dtype) {
   using Tile = LatentTile<__half>;
-  return {Tile::kBlock, Tile::Layout::kColumns, Tile::Layout::kColumns, Tile::kValueDim,
+  return {Tile::kBlock,
+          1,
+          1,
+          Tile::Layout::kColumns,
+          Tile::Layout::kColumns,
+          Tile::kValueDim,
           dtype == DType::bf16 ? launch<__nv_bfloat16> : launch<__half>};
 }
 

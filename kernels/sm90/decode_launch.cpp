@@ -68,6 +68,9 @@ void set_cache(DecodeParams& params, const DecodeProblem& problem, const DecodeV
   narrow(problem.max_pages() * problem.page_size());
   params.box_tokens = box_tokens(problem, variant.block);
   params.boxes = params.box_tokens == 0 ? 0 : variant.block / params.box_tokens;
+  // Many small boxes hold the copy engine up: with two thirds of the bytes under way pages of 16
+  // arrive 1 to 7% faster.
+  params.stages = params.boxes > 2 ? variant.few_stages : variant.stages;
   params.alignment = problem.max_pages() == 1 ? 1 : std::max(params.box_tokens, 1);
   if (params.box_tokens == 0 || params.pages == 0) return;
   params.k = cache_map(problem.k, variant.k_columns, params.box_tokens);

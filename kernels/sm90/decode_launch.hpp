@@ -12,8 +12,10 @@ namespace annulus::kernels::sm90 {
 
 /// A compiled tile shape.
 struct DecodeVariant {
-  int block;      // keys at a time
-  int k_columns;  // of a box in shared memory
+  int block;       // keys at a time
+  int stages;      // of the rings
+  int few_stages;  // the same where boxes are small
+  int k_columns;   // of a box in shared memory
   int v_columns;
   int value_dim;
   void (*launch)(const DecodeParams& params, int blocks, cudaStream_t stream);

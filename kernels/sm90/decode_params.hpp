@@ -37,6 +37,7 @@ struct DecodeParams {
   PageStrides k_strides, v_strides;
   std::int32_t box_tokens;  // a power of two; 0: pages are gathered token by token
   std::int32_t boxes;       // in a block of keys
+  std::int32_t stages;      // of the rings that are in use
   std::int32_t alignment;   // loads begin at multiples of this power: a box never leaves its page
   std::uint64_t policy;     // of L2
 

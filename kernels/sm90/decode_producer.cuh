@@ -29,7 +29,8 @@ class BoxProducer {
         stages_(stages),
         full_(full),
         empty_(empty),
-        lane_(static_cast<int>(threadIdx.x) % 32) {}
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        ring_{params.stages} {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
@@ -102,7 +103,7 @@ class BoxProducer {
   Stage* const stages_;
   std::uint64_t *const full_, *const empty_;
   const int lane_;
-  Ring<Tile::kStages> ring_;
+  StageRing ring_;
 };
 
 /// Gathers a block's tokens one by one from pages that hold no whole group of eight rows; the 128

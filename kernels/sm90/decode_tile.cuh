@@ -9,9 +9,8 @@ namespace annulus::kernels::sm90 {
 inline constexpr int kWarpgroupRows = kTileRows;
 inline constexpr int kWarpgroupThreads = 128;
 
-/// Keys and values wait in rings of their own, together 128 to 192 KB: more than 64 KB are under
-/// way at any time whatever the consumers do, and no more than the copy engine can keep up with
-/// where pages are small.
+/// Keys and values wait in rings of their own; together 192 KB, so that more than 64 KB are under
+/// way at any time whatever the consumers do. A launch may use fewer of the stages.
 template <typename Element_, int kHeadDim_, int kBlock_, int kStages_, int kConsumers_ = 1>
 struct DecodeTile {
   using Element = Element_;
@@ -20,6 +19,7 @@ struct DecodeTile {
   static constexpr int kBlock = kBlock_;  // keys at a time
   static constexpr int kStages = kStages_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups, which take the blocks in turn
+  static constexpr int kFewStages = (2 * kStages + 2) / 3 / kConsumers * kConsumers;
   static_assert(kStages % kConsumers == 0, "a stage is always the same warpgroup's");
   static constexpr int kThreads =
       kWarpgroupThreads * (1 + kConsumers);  // and a producing warpgroup
@@ -53,9 +53,25 @@ struct DecodeShared {
   }
 };
 
-__device__ inline int warp_of_block() {
-  return __shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / 32, 0);
-}
+/// Ring's walk over as many stages as the launch uses.
+struct StageRing {
+  const int stages;
+  int index = 0;
+  std::uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++index == stages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// A value that the threads of a warp have in common, so that the compiler knows it too: branches
+/// on it cost no bookkeeping, and what follows may be computed once a warp.
+__device__ inline int same_in_warp(int value) { return __shfl_sync(0xffffffffU, value, 0); }
+
+__device__ inline int warp_of_block() { return same_in_warp(static_cast<int>(threadIdx.x) / 32); }
 
 /// Byte offset of a 16-byte chunk of a row in a tile of `rows` rows, as SwizzledTile lays it out.
 template <typename Layout>
