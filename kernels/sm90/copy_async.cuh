@@ -14,6 +14,12 @@ __device__ inline void copy_async(void* to, const void* from, bool valid = true)
 
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+/// Counts as this thread's arrival once its copies so far have come.
+__device__ inline void copy_async_arrive(std::uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
 /// Waits until at most kPending of this thread's groups are under way.
 template <int kPending>
 __device__ inline void copy_async_wait() {

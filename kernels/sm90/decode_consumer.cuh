@@ -112,8 +112,8 @@ class DecodeConsumer {
 
  private:
   static constexpr int kThreads = kWarpgroupThreads * Tile::kConsumers;
-  static constexpr int kSideBarrier = 1;  // and 2; 3 is the gatherer's
-  static constexpr int kAllBarrier = 4;
+  static constexpr int kSideBarrier = 1;  // and 2
+  static constexpr int kAllBarrier = 3;
 
   using Output = float[Tile::kValueDim / 2];
 
@@ -121,7 +121,7 @@ class DecodeConsumer {
                             Output& o, RowStatistics& rows) {
     float s[Tile::kBlock / 2];
     std::uint32_t p[Tile::kBlock / 4];
-    mbarrier_wait(&shared_.k_full[ring_.index], ring_.parity);
+    await(&shared_.k_full[ring_.index]);
     wgmma_fence();
     issue_scores(s);
     wgmma_wait<0>();
@@ -132,7 +132,7 @@ class DecodeConsumer {
     if (exact_softmax_step(s, rows, params_.exp_scale, headroom_, factor)) scale_rows(o, factor);
     pack_probabilities<Element>(s, p);
 
-    mbarrier_wait(&shared_.v_full[ring_.index], ring_.parity);
+    await(&shared_.v_full[ring_.index]);
     const int first = unit.key_begin - token;
     const int last = unit.key_end - token;
     if (first > 0 || last < Tile::kBlock) {
@@ -147,6 +147,12 @@ class DecodeConsumer {
     pin_registers(o);
     pin_registers(p);
     release(&shared_.v_empty[ring_.index]);
+  }
+
+  /// What threads have copied is yet to be made visible to the tensor cores.
+  __device__ void await(std::uint64_t* full) {
+    mbarrier_wait(full, ring_.parity);
+    if (params_.box_tokens == 0) fence_async_shared();
   }
 
   __device__ void issue_scores(float (&s)[Tile::kBlock / 2]) {

@@ -24,7 +24,7 @@ __device__ WorkWalker start_block(const DecodeParams& params, Shared& shared, in
       tma_prefetch_map(&params.k);
       tma_prefetch_map(&params.v);
     }
-    shared.init_barriers(gathers ? 128 : 1);
+    shared.init_barriers(gathers ? Shared::kGatherers : 1);
     fence_barrier_init();
   }
   await_earlier_launch();

@@ -83,6 +83,61 @@ class LatentBoxProducer {
   int pages_[kBoxesPerLane] = {}, rows_[kBoxesPerLane] = {};
 };
 
+/// Gathers a block's tokens one by one, the 128 threads of a warpgroup together. TokenGather, which
+/// keeps places in registers, does not fit the few that are left here.
+template <typename Tile>
+class LatentGather {
+ public:
+  __device__ LatentGather(const DecodeParams& params, int2 (&buffers)[2][Tile::kBlock])
+      : params_(params), buffers_(buffers), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
+
+  /// The two buffers let a thread go on while others still read the block before's.
+  __device__ void find_places(const DecodeUnit& unit, int token) {
+    places_ = buffers_[turn_ ^= 1];
+    const std::int32_t* table =
+        params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
+    if (thread_ < Tile::kBlock) {
+      const int at = token + thread_;
+      const int index = divide(at, params_.page_size);
+      int2 place = make_int2(-1, at - index * params_.page_size.value);
+      if (at >= unit.key_begin && at < unit.key_end) {
+        const int page = table[index];
+        if (page >= 0 && page < params_.pages) place.x = page;
+      }
+      places_[thread_] = place;
+    }
+    named_barrier_sync(kBarrier, kThreads);
+  }
+
+  /// Columns of the tokens, which begin at `data`; tokens that nobody sees arrive as zeros.
+  template <typename Layout, int kColumns>
+  __device__ void copy(void* stage, const char* data, const PageStrides& strides,
+                       const DecodeUnit& unit, int token) {
+    constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row
+    if (token >= unit.key_end) return;
+    const char* head = data + unit.kv_head * strides.head;
+#pragma unroll 4
+    for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      const int2 place = places_[row];
+      const char* from = head + max(place.x, 0) * strides.page + place.y * strides.token;
+      copy_async(static_cast<char*>(stage) + swizzled_offset<Layout>(row, chunk, Tile::kBlock),
+                 from + chunk * 16, place.x >= 0);
+    }
+  }
+
+ private:
+  static constexpr int kThreads = 128;
+  static constexpr int kBarrier = 3;
+
+  const DecodeParams& params_;
+  int2 (&buffers_)[2][Tile::kBlock];
+  const int thread_;
+  int2* places_ = nullptr;
+  int turn_ = 0;
+};
+
 /// A warpgroup gathers token by token.
 template <typename Tile>
 class LatentTokenProducer {
@@ -126,7 +181,7 @@ class LatentTokenProducer {
 
   const DecodeParams& params_;
   LatentShared<Tile>& shared_;
-  TokenGather<Tile> gather_;
+  LatentGather<Tile> gather_;
 };
 
 }  // namespace annulus::kernels::sm90

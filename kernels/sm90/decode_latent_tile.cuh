@@ -49,6 +49,8 @@ struct LatentShared {
   std::uint64_t full[2][Tile::kBoxes], empty[2][2];
   std::int32_t more, is_last;
 
+  static constexpr int kGatherers = 128;  // threads that arrive where tokens are gathered
+
   __device__ void init_barriers(int producers) {
     for (int block = 0; block < 2; ++block) {
       for (std::uint64_t& box : full[block]) mbarrier_init(&box, producers);

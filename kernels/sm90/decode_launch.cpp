@@ -40,12 +40,11 @@ PageStrides page_strides(const ConstTensorView& cache) {
   return {cache.strides[0] * 2, cache.strides[1] * 2, cache.strides[2] * 2};
 }
 
-/// Tokens that one copy takes from a page, 0 where the rows of a page do not fill the groups of
-/// eight that shared memory is swizzled in. A sequence of one page is read from any token on.
+/// Tokens that one copy takes from a page, 0 where they are gathered.
 std::int32_t box_tokens(const DecodeProblem& problem, int block) {
   if (problem.max_pages() == 1) return block;
-  const auto box = static_cast<std::int32_t>(std::gcd(problem.page_size(), block));
-  return box >= 8 ? box : 0;
+  if (gathers_tokens(problem)) return 0;
+  return static_cast<std::int32_t>(std::gcd(problem.page_size(), block));
 }
 
 CUtensorMap cache_map(const ConstTensorView& cache, int columns, int box) {
@@ -156,6 +155,10 @@ int multiprocessors() {
 }
 
 }  // namespace
+
+bool gathers_tokens(const DecodeProblem& problem) {
+  return problem.max_pages() > 1 && problem.page_size() % 8 != 0;
+}
 
 void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
   const DecodeProblem& problem = call.problem;

@@ -24,10 +24,15 @@ struct DecodeVariant {
 DecodeVariant decode_d64(DType dtype);
 DecodeVariant decode_d96(DType dtype);
 DecodeVariant decode_d128(DType dtype);
+DecodeVariant decode_d128_gathered(DType dtype);
 DecodeVariant decode_d192(DType dtype);
 DecodeVariant decode_d256(DType dtype);
 /// Keys of 512 latent and 64 rotary columns, the latent ones being the values.
 DecodeVariant decode_latent(DType dtype);
+
+/// Whether pages hold no whole groups of the eight rows that shared memory is swizzled in: their
+/// tokens are then gathered one by one. A sequence of one page is read from any token on.
+bool gathers_tokens(const DecodeProblem& problem);
 
 void launch_decode(const DecodeCall& call, const DecodeVariant& variant);
 

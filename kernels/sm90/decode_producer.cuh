@@ -106,59 +106,54 @@ class BoxProducer {
   StageRing ring_;
 };
 
-/// Gathers a block's tokens one by one from pages that hold no whole group of eight rows; the 128
-/// threads of a warpgroup take part.
+/// Gathers a block's tokens one by one from pages that hold no whole group of eight rows. The four
+/// warps of a warpgroup take a quarter of the block each and go on without waiting for each other.
 template <typename Tile>
 class TokenGather {
  public:
-  __device__ TokenGather(const DecodeParams& params, int2 (&buffers)[2][Tile::kBlock])
-      : params_(params), buffers_(buffers), thread_(static_cast<int>(threadIdx.x) % kThreads) {}
+  __device__ explicit TokenGather(const DecodeParams& params)
+      : params_(params),
+        lane_(static_cast<int>(threadIdx.x) % 32),
+        first_row_(static_cast<int>(threadIdx.x) / 32 * kRows) {}
 
-  /// The two buffers let a thread go on while others still read the block before's.
+  /// Looks up where the tokens of the block at `token` lie.
   __device__ void find_places(const DecodeUnit& unit, int token) {
-    places_ = buffers_[turn_ ^= 1];
-    const std::int32_t* table =
-        params_.page_table + std::int64_t{unit.sequence} * params_.max_pages;
-    if (thread_ < Tile::kBlock) {
-      const int at = token + thread_;
-      const int index = divide(at, params_.page_size);
-      int2 place = make_int2(-1, at - index * params_.page_size.value);
-      if (at >= unit.key_begin && at < unit.key_end) {
-        const int page = table[index];
-        if (page >= 0 && page < params_.pages) place.x = page;
-      }
-      places_[thread_] = place;
-    }
-    named_barrier_sync(kBarrier, kThreads);
+    page_ = -1;
+    const int at = token + first_row_ + lane_;
+    if (lane_ >= kRows || at < unit.key_begin || at >= unit.key_end) return;
+    const int index = divide(at, params_.page_size);
+    page_ = params_.page_table[std::int64_t{unit.sequence} * params_.max_pages + index];
+    row_ = at - index * params_.page_size.value;
   }
 
   /// Columns of the tokens, which begin at `data`; tokens that nobody sees arrive as zeros.
   template <typename Layout, int kColumns>
   __device__ void copy(void* stage, const char* data, const PageStrides& strides,
-                       const DecodeUnit& unit, int token) {
+                       const DecodeUnit& unit) const {
     constexpr int kChunks = kColumns / 8;  // of 16 bytes in a row
-    if (token >= unit.key_end) return;
-    const char* head = data + unit.kv_head * strides.head;
+    static_assert(kRows * kChunks % 32 == 0, "all lanes take part in every shuffle");
+    const bool there = page_ >= 0 && page_ < params_.pages;
+    const std::int64_t own = there ? page_ * strides.page + row_ * strides.token : -1;
+    const char* const head = data + unit.kv_head * strides.head;
 #pragma unroll 4
-    for (int i = thread_; i < Tile::kBlock * kChunks; i += kThreads) {
+    for (int i = lane_; i < kRows * kChunks; i += 32) {
       const int row = i / kChunks;
       const int chunk = i % kChunks;
-      const int2 place = places_[row];
-      const char* from = head + max(place.x, 0) * strides.page + place.y * strides.token;
-      copy_async(static_cast<char*>(stage) + swizzled_offset<Layout>(row, chunk, Tile::kBlock),
-                 from + chunk * 16, place.x >= 0);
+      const std::int64_t offset = __shfl_sync(0xffffffffU, own, row);
+      copy_async(static_cast<char*>(stage) +
+                     swizzled_offset<Layout>(first_row_ + row, chunk, Tile::kBlock),
+                 head + max(offset, std::int64_t{0}) + chunk * 16, offset >= 0);
     }
   }
 
  private:
-  static constexpr int kThreads = 128;
-  static constexpr int kBarrier = 3;
+  static constexpr int kRows = Tile::kBlock / 4;  // a warp's; its first lanes have one each
+  static_assert(kRows <= 32);
 
   const DecodeParams& params_;
-  int2 (&buffers_)[2][Tile::kBlock];
-  const int thread_;
-  int2* places_ = nullptr;
-  int turn_ = 0;
+  const int lane_;
+  const int first_row_;
+  std::int32_t page_ = -1, row_ = 0;
 };
 
 /// Keys and values through the gather, in turn.
@@ -166,52 +161,40 @@ template <typename Tile>
 class TokenProducer {
  public:
   __device__ TokenProducer(const DecodeParams& params, DecodeShared<Tile>& shared)
-      : params_(params), shared_(shared), gather_(params, shared.places) {}
+      : params_(params), shared_(shared), next_(params) {}
 
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
       int token = unit.load_begin + unit.first_block * Tile::kBlock;
+      next_.find_places(unit, token);
       for (int block = unit.first_block; block < unit.last_block; ++block) {
-        gather_.find_places(unit, token);
-        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
-        copy(shared_.k[ring_.index], params_.k_data, params_.k_strides, unit, token);
-        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
-        copy(shared_.v[ring_.index], params_.v_data, params_.v_strides, unit, token);
-        ring_.advance();
+        const TokenGather<Tile> gather = next_;
         token += Tile::kBlock;
+        next_.find_places(unit, token);  // its latency passes with this block
+        mbarrier_wait(&shared_.k_empty[ring_.index], ring_.parity ^ 1);
+        copy(gather, shared_.k[ring_.index], &shared_.k_full[ring_.index], params_.k_data,
+             params_.k_strides, unit);
+        mbarrier_wait(&shared_.v_empty[ring_.index], ring_.parity ^ 1);
+        copy(gather, shared_.v[ring_.index], &shared_.v_full[ring_.index], params_.v_data,
+             params_.v_strides, unit);
+        ring_.advance();
       }
     }
     copy_async_wait<0>();
-    fence_async_shared();
-    while (announced_ < issued_) announce();
   }
 
  private:
-  // Stages under way; the others are with the consumers.
-  static constexpr int kPending = 2 * Tile::kStages - 2;
-
-  __device__ void copy(void* stage, const char* data, const PageStrides& strides,
-                       const DecodeUnit& unit, int token) {
-    gather_.template copy<typename Tile::Layout, Tile::kHeadDim>(stage, data, strides, unit, token);
-    copy_async_commit();
-    if (++issued_ <= kPending) return;
-    copy_async_wait<kPending>();
-    fence_async_shared();
-    announce();
-  }
-
-  /// Tells the consumers that this thread's part of the oldest stage under way is there.
-  __device__ void announce() {
-    const auto stage = announced_ / 2 % Tile::kStages;
-    mbarrier_arrive(announced_ % 2 == 0 ? &shared_.k_full[stage] : &shared_.v_full[stage]);
-    ++announced_;
+  static __device__ void copy(const TokenGather<Tile>& gather, void* stage, std::uint64_t* full,
+                              const char* data, const PageStrides& strides,
+                              const DecodeUnit& unit) {
+    gather.template copy<typename Tile::Layout, Tile::kHeadDim>(stage, data, strides, unit);
+    copy_async_arrive(full);
   }
 
   const DecodeParams& params_;
   DecodeShared<Tile>& shared_;
-  TokenGather<Tile> gather_;
-  std::uint32_t issued_ = 0, announced_ = 0;
+  TokenGather<Tile> next_;
   Ring<Tile::kStages> ring_;
 };
 

@@ -21,7 +21,7 @@ Maker maker(const DecodeProblem& problem) {
     case 96:
       return decode_d96;
     case 128:
-      return decode_d128;
+      return gathers_tokens(problem) ? decode_d128_gathered : decode_d128;
     case 192:
       return decode_d192;
     case 256:

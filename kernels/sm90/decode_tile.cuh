@@ -35,13 +35,14 @@ struct DecodeShared {
   alignas(1024) Element q[kWarpgroupRows * Tile::kHeadDim];
   alignas(1024) Element k[Tile::kStages][Tile::kBlock * Tile::kHeadDim];
   alignas(1024) Element v[Tile::kStages][Tile::kBlock * Tile::kValueDim];
-  int2 places[2][Tile::kBlock];  // page and row of a block's tokens, where they are gathered
   RowStatistics statistics[Tile::kConsumers > 1 ? kWarpgroupThreads : 1];  // handed over
   WorkRun run;
   WorkSum warp_sums[Tile::kThreads / 32];
   std::uint64_t k_full[Tile::kStages], k_empty[Tile::kStages];
   std::uint64_t v_full[Tile::kStages], v_empty[Tile::kStages];
   std::int32_t is_last;
+
+  static constexpr int kGatherers = 128;  // threads that arrive where tokens are gathered
 
   __device__ void init_barriers(int producers) {
     for (int i = 0; i < Tile::kStages; ++i) {
