@@ -85,12 +85,12 @@ class DecodeConsumer {
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
-      shared_.run.find_pieces(unit);
       load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q,
                                                  side_ * kWarpgroupThreads + thread_, kThreads);
       const int local_row = thread_ / 32 * 16 + thread_ % 32 / 4;
       const TokenRange ranges[2] = {row_range(params_, unit, local_row),
                                     row_range(params_, unit, local_row + 8)};
+      shared_.run.find_pieces(unit);
       copy_async_wait<0>();
       fence_async_shared();
       named_barrier_sync(kAllBarrier, kThreads);
@@ -254,7 +254,7 @@ class DecodeConsumer {
   const DecodeParams& params_;
   DecodeShared<Tile>& shared_;
   const int lane_;
-  const int group_ = static_cast<int>(blockIdx.x) / params_.lanes;
+  const int group_ = divide(static_cast<int>(blockIdx.x), params_.lanes);
   const int thread_;
   const int side_;
   const float headroom_;  // in raw scores

@@ -79,7 +79,7 @@ __device__ inline void write_row(const DecodeParams& p, const DecodeUnit& unit, 
 /// after it. Piece i of a unit is that of group first_group + i.
 __device__ inline std::int64_t partial_slot(const DecodeParams& p, const DecodeUnit& unit, int lane,
                                             int piece) {
-  const std::int64_t block = std::int64_t{unit.first_group + piece} * p.lanes + lane;
+  const std::int64_t block = std::int64_t{unit.first_group + piece} * p.lanes.value + lane;
   return 2 * block + (piece == 0 ? 1 : 0);
 }
 
@@ -93,7 +93,7 @@ __device__ inline bool arrive_last(const DecodeParams& p, const DecodeUnit& unit
   fence_device();
   named_barrier_sync(barrier, threads);
   if (leader) {
-    unsigned* counter = p.arrivals + std::int64_t{unit.first_group} * p.lanes + lane;
+    unsigned* counter = p.arrivals + std::int64_t{unit.first_group} * p.lanes.value + lane;
     const bool last = atomicAdd(counter, 1U) + 1 == static_cast<unsigned>(unit.pieces);
     if (last) *counter = 0;
     *flag = last ? 1 : 0;

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     latent_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<LatentShared<Tile>*>(memory);
-  const int lane = static_cast<int>(blockIdx.x) % params.lanes;
+  const int lane = lane_of_block(params);
   const WorkWalker walker = start_block<Tile>(params, shared, lane);
   const int warp = warp_of_block();
   if (warp >= 4) {

@@ -309,7 +309,7 @@ class LatentConsumer {
   const DecodeParams& params_;
   LatentShared<Tile>& shared_;
   const int lane_;
-  const int group_ = static_cast<int>(blockIdx.x) / params_.lanes;
+  const int group_ = divide(static_cast<int>(blockIdx.x), params_.lanes);
   const int thread_, side_;
   const float headroom_;  // in raw scores
   float factor_[2];

@@ -87,7 +87,7 @@ void set_sequences(DecodeParams& params, const DecodeProblem& problem) {
   params.starts = problem.starts ? integers(problem.starts) : nullptr;
   params.page_table = integers(problem.page_table);
   params.sequences = narrow(problem.sequences());
-  narrow(problem.deal.block * problem.deal.ranks);
+  params.deal_round = divisor(narrow(problem.deal.block * problem.deal.ranks));
   params.deal_block = narrow(problem.deal.block);
   params.deal_ranks = narrow(problem.deal.ranks);
   params.deal_rank = narrow(problem.deal.rank);
@@ -106,15 +106,17 @@ void set_parts(DecodeParams& params, const DecodeProblem& problem, int multiproc
   params.pack = divisor(narrow(pack));
   params.parts = narrow(problem.q_heads() / pack);
   params.parts_per_kv_head = divisor(narrow(group / pack));
-  params.lanes = 1;
-  for (std::int32_t lanes = 2; lanes <= std::min(params.parts, multiprocessors); ++lanes) {
-    const int used = multiprocessors / lanes * lanes;
-    if (params.parts % lanes == 0 && used * 10 >= multiprocessors * 9) params.lanes = lanes;
+  std::int32_t lanes = 1;
+  for (std::int32_t more = 2; more <= std::min(params.parts, multiprocessors); ++more) {
+    const int used = multiprocessors / more * more;
+    if (params.parts % more == 0 && used * 10 >= multiprocessors * 9) lanes = more;
   }
-  params.rounds = params.parts / params.lanes;
+  params.lanes = divisor(lanes);
+  params.groups = divisor(multiprocessors / lanes);
+  params.rounds = params.parts / lanes;
   narrow((problem.tokens() * pack / kTileRows + problem.sequences()) * params.rounds);  // units
   // Parts of one KV head that go side by side read its keys at the same time.
-  const bool read_once = params.parts_per_kv_head.value <= params.lanes && problem.max_rows > 0 &&
+  const bool read_once = params.parts_per_kv_head.value <= lanes && problem.max_rows > 0 &&
                          problem.max_rows * pack <= kTileRows;
   params.policy = read_once ? kEvictFirst : kEvictNormal;
 }
@@ -171,7 +173,7 @@ void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
   set_parts(params, problem, processors);
   set_scale(params, problem);
   set_outputs(params, call);
-  const int blocks = processors / params.lanes * params.lanes;
+  const int blocks = params.groups.value * params.lanes.value;
   const DecodeScratch scratch = decode_scratch(stream, blocks, kTileRows, variant.value_dim);
   params.partial_o = scratch.partial_o;
   params.partial_statistics = scratch.partial_statistics;

@@ -54,11 +54,12 @@ struct DecodeParams {
   // KV head p / parts_per_kv_head. The thread blocks form groups of `lanes`: those of a group go
   // through the same keys at the same time, each for its own part, so that a token's row is read at
   // once. A group takes all parts in `rounds`.
-  Divisor pack, parts_per_kv_head;
-  std::int32_t parts, lanes, rounds;
+  Divisor pack, parts_per_kv_head, lanes, groups;
+  std::int32_t parts, rounds;
 
   // Positions: see CacheDeal and DecodeProblem.
   std::int32_t deal_block, deal_ranks, deal_rank;
+  Divisor deal_round;                      // deal_block times deal_ranks
   std::int32_t window_left, window_right;  // -1: unbounded
   bool causal;
 

@@ -12,6 +12,12 @@ __device__ inline std::int32_t divide(std::int32_t n, const Divisor& by) {
                                    by.shift);
 }
 
+/// This thread block's place in its group.
+__device__ inline std::int32_t lane_of_block(const DecodeParams& p) {
+  const int block = static_cast<int>(blockIdx.x);
+  return block - divide(block, p.lanes) * p.lanes.value;
+}
+
 /// Tokens of this rank, by local number.
 struct TokenRange {
   std::int32_t begin, end;
@@ -20,16 +26,16 @@ struct TokenRange {
 /// CacheDeal::tokens().
 __device__ inline std::int32_t local_tokens(const DecodeParams& p, std::int32_t length) {
   if (p.deal_ranks == 1) return length;
-  const std::int32_t round = p.deal_block * p.deal_ranks;
-  const std::int32_t rest = length % round - p.deal_rank * p.deal_block;
-  return length / round * p.deal_block +
-         (rest < 0 ? 0 : (rest < p.deal_block ? rest : p.deal_block));
+  const std::int32_t rounds = divide(length, p.deal_round);
+  const std::int32_t rest = length - rounds * p.deal_round.value - p.deal_rank * p.deal_block;
+  return rounds * p.deal_block + (rest < 0 ? 0 : (rest < p.deal_block ? rest : p.deal_block));
 }
 
 /// One sequence of the batch.
 struct DecodeSequence {
   std::int32_t query_begin, queries, length, start;
 
+  DecodeSequence() = default;
   __device__ DecodeSequence(const DecodeParams& p, int s)
       : query_begin(p.query_begin[s]),
         queries(p.query_begin[s + 1] - query_begin),
@@ -75,16 +81,24 @@ struct TileKeys {
   }
 };
 
+/// Block numbers below it times a group's number are 32-bit, whose division is much shorter.
+inline constexpr std::int64_t kShortList = 1 << 20;
+
 /// First block of a group's run, where runs are equal.
 __device__ inline std::int64_t run_begin(std::int64_t total, std::int32_t groups,
                                          std::int32_t group) {
+  if (total < kShortList) return static_cast<std::uint32_t>(group * total) / groups;
   return group * total / groups;
 }
 
 /// Whose run holds a block.
 __device__ inline std::int32_t group_of(std::int64_t total, std::int32_t groups,
                                         std::int64_t block) {
-  return static_cast<std::int32_t>(((block + 1) * groups - 1) / total);
+  const std::int64_t at = (block + 1) * groups - 1;
+  if (total < kShortList) {
+    return static_cast<std::uint32_t>(at) / static_cast<std::uint32_t>(total);
+  }
+  return static_cast<std::int32_t>(at / total);
 }
 
 /// A tile of rows and the part of its keys that one thread block goes through.
@@ -143,20 +157,19 @@ struct WorkCut {
   std::int32_t groups;
   std::int32_t units_each;  // 0: runs of equal length, units split
 
-  __device__ WorkCut(const WorkSum& total, std::int32_t most_groups) : groups(0), units_each(0) {
+  __device__ WorkCut(const DecodeParams& p, const WorkSum& total) : groups(0), units_each(0) {
     if (total.units == 0) return;
-    const std::int32_t each = (total.units + most_groups - 1) / most_groups;
+    const std::int32_t most_groups = p.groups.value;
+    const std::int32_t each = divide(total.units + most_groups - 1, p.groups);
     if (std::int64_t{each} * total.largest * most_groups * 16 <= total.blocks * 17) {
       units_each = each;
-      groups = (total.units + each - 1) / each;
+      groups = each == 1 ? total.units : (total.units + each - 1) / each;
     } else {
       groups = static_cast<std::int32_t>(total.blocks < most_groups ? total.blocks : most_groups);
       // Units of one length are cut alike, if that leaves few groups out: none then has two pieces.
+      if (std::int64_t{total.largest} * total.units != total.blocks) return;
       const std::int32_t alike = most_groups / total.units * total.units;
-      if (std::int64_t{total.largest} * total.units == total.blocks && alike < groups &&
-          alike * 17 >= groups * 16) {
-        groups = alike;
-      }
+      if (alike < groups && alike * 17 >= groups * 16) groups = alike;
     }
   }
 };
@@ -165,34 +178,32 @@ struct WorkCut {
 struct WorkPlace {
   std::int32_t sequence, tile, part_round;
   std::int64_t unit_begin;
-
-  /// Searches from sequence s to `last`, before which the list holds `before`, for block number
-  /// `target`, or for unit number `target`.
-  __device__ WorkPlace(const DecodeParams& p, int s, int last, WorkSum before, std::int64_t target,
-                       bool by_unit, int block) {
-#pragma unroll 1
-    for (; s < last; ++s) {
-      const WorkSum sum = sequence_work(p, s, block);
-      if (target < (by_unit ? before.units + sum.units : before.blocks + sum.blocks)) break;
-      before.add(sum);
-    }
-    const DecodeSequence sequence_rows(p, s);
-#pragma unroll 1
-    for (int t = 0;; ++t) {
-      const std::int32_t keys = TileKeys(p, sequence_rows, t, block).blocks;
-      const WorkSum sum{std::int64_t{keys} * p.rounds, p.rounds, keys};
-      const std::int64_t rest = target - (by_unit ? before.units : before.blocks);
-      if (rest < (by_unit ? sum.units : sum.blocks)) {
-        sequence = s;
-        tile = t;
-        part_round = static_cast<std::int32_t>(by_unit ? rest : (p.rounds > 1 ? rest / keys : 0));
-        unit_begin = before.blocks + std::int64_t{part_round} * keys;
-        return;
-      }
-      before.add(sum);
-    }
-  }
 };
+
+/// Searches from sequence s to `last`, before which the list holds `before`, for block number
+/// `target`, or for unit number `target`.
+__device__ inline WorkPlace find_place(const DecodeParams& p, int s, int last, WorkSum before,
+                                       std::int64_t target, bool by_unit, int block) {
+#pragma unroll 1
+  for (; s < last; ++s) {
+    const WorkSum sum = sequence_work(p, s, block);
+    if (target < (by_unit ? before.units + sum.units : before.blocks + sum.blocks)) break;
+    before.add(sum);
+  }
+  const DecodeSequence sequence_rows(p, s);
+#pragma unroll 1
+  for (int tile = 0;; ++tile) {
+    const std::int32_t keys = TileKeys(p, sequence_rows, tile, block).blocks;
+    const WorkSum sum{std::int64_t{keys} * p.rounds, p.rounds, keys};
+    const std::int64_t rest = target - (by_unit ? before.units : before.blocks);
+    if (rest < (by_unit ? sum.units : sum.blocks)) {
+      const auto round =
+          static_cast<std::int32_t>(by_unit ? rest : (p.rounds > 1 ? rest / keys : 0));
+      return {s, tile, round, before.blocks + std::int64_t{round} * keys};
+    }
+    before.add(sum);
+  }
+}
 
 /// The units of a run, in order, but for their pieces. Producer and consumers walk alike.
 class WorkWalker {
@@ -211,16 +222,17 @@ class WorkWalker {
 
   __device__ bool next(DecodeUnit& unit) {
     if (position_ >= run_.end || units_left_-- == 0) return false;
-    DecodeSequence sequence(params_, sequence_);
-    while (tile_ >= sequence.tiles(params_)) {
-      tile_ = 0;
-      sequence = DecodeSequence(params_, ++sequence_);
+    DecodeSequence sequence;
+#pragma unroll 1
+    for (;; ++sequence_, tile_ = 0) {
+      sequence = DecodeSequence(params_, sequence_);
+      if (tile_ < sequence.tiles(params_)) break;
     }
     const TileKeys keys(params_, sequence, tile_, block_);
     const std::int64_t unit_end = unit_begin_ + keys.blocks;
     const std::int64_t end = unit_end < run_.end ? unit_end : run_.end;
     unit.sequence = sequence_;
-    unit.part = part_round_ * params_.lanes + lane_;
+    unit.part = part_round_ * params_.lanes.value + lane_;
     unit.kv_head = divide(unit.part, params_.parts_per_kv_head);
     unit.query_begin = sequence.query_begin;
     unit.first_row = tile_ * kTileRows;
@@ -288,8 +300,8 @@ __device__ void deal_work(const DecodeParams& p, int block, WorkSum (&warp_sums)
   const int busy_warps = each == 1 ? (p.sequences + 31) / 32 : kThreads / 32;
   scan_work<kThreads>(own, warp_sums, busy_warps, before, total);
 
-  const WorkCut cut(total, static_cast<int>(gridDim.x) / p.lanes);
-  const int group = static_cast<int>(blockIdx.x) / p.lanes;
+  const WorkCut cut(p, total);
+  const int group = divide(static_cast<int>(blockIdx.x), p.lanes);
   const bool by_unit = cut.units_each > 0;
   const bool idle = group >= cut.groups;
   if (thread == kThreads - 1) {
@@ -306,7 +318,10 @@ __device__ void deal_work(const DecodeParams& p, int block, WorkSum (&warp_sums)
   const std::int64_t target = by_unit ? std::int64_t{group} * cut.units_each
                                       : run_begin(total.blocks, max(cut.groups, 1), group);
   if (!idle && holds(target)) {
-    const WorkPlace place(p, first, last - 1, before, target, by_unit, block);
+    const bool one_unit = last - first == 1 && own.units == 1;
+    const WorkPlace place = one_unit
+                                ? WorkPlace{first, 0, 0, before.blocks}
+                                : find_place(p, first, last - 1, before, target, by_unit, block);
     run.begin = by_unit ? place.unit_begin : target;
     run.unit_begin = place.unit_begin;
     run.sequence = place.sequence;

@@ -120,6 +120,13 @@ void DeviceDecode::split_pages(std::int64_t tokens) {
   problem_.page_table = table_.view();
 }
 
+void DeviceDecode::repeat_page(std::int64_t times) {
+  const std::vector<std::int32_t> table(static_cast<std::size_t>(times), host_table_.front());
+  table_ = DeviceCopy::integers(table, Shape{1, times});
+  problem_.page_table = table_.view();
+  set_lengths({static_cast<std::int32_t>(times * problem_.page_size())});
+}
+
 void DeviceDecode::set_lengths(const std::vector<std::int32_t>& lengths) {
   copy(ConstTensorView(lengths.data(), DType::i32, lengths_.view().shape), lengths_.view());
 }

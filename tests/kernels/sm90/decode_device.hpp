@@ -35,6 +35,8 @@ class DeviceDecode {
   const DecodeProblem& problem() const { return problem_; }
   /// The same memory seen as pages of `tokens` tokens.
   void split_pages(std::int64_t tokens);
+  /// A single sequence that sees its first page over and over.
+  void repeat_page(std::int64_t times);
   void drop_sinks() { problem_.sinks = {}; }
   void set_lengths(const std::vector<std::int32_t>& lengths);
   void poison() const;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 #include "kernels/cuda_support.hpp"
@@ -164,6 +165,24 @@ TEST_F(Sm90Decode, ReadsPagesBeyondTwoToThe31Elements) {
     device.run();
     of.expect(device.o_values(), device.lse_values());
   }
+}
+
+/// More blocks than the dealing counts in 32 bits.
+TEST_F(Sm90Decode, SplitsMillionsOfBlocksOfKeys) {
+  constexpr std::int64_t kTimes = 33000;
+  DecodeOptions options;
+  options.dtype = DType::bf16;
+  options.sequences = {{1, 4096}};
+  options.q_heads = options.kv_heads = 1;
+  options.head_dim = options.value_dim = 128;
+  const DecodeCase of(options, random_());
+  DeviceDecode device(of, of.paged({}, 4096, random_()), {});
+  device.repeat_page(kTimes);
+  device.run();
+  expect_near(device.o_values(), of.o, 0.02);
+  std::vector<double> log_sum_exp = of.log_sum_exp;
+  for (double& value : log_sum_exp) value += std::log(static_cast<double>(kTimes));
+  expect_near(device.lse_values(), log_sum_exp, 0.002);
 }
 
 TEST_F(Sm90Decode, RepeatsBitForBit) {
