@@ -245,10 +245,10 @@ class DecodeConsumer {
         write_partial<Tile::kValueDim>(params_, slot, o, row, at, max, sum, 0);
       }
     }
-    if (!whole && arrive_last(params_, unit, lane_, &shared_.is_last, kSideBarrier,
-                              kWarpgroupThreads, thread_ == 0)) {
-      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_, kWarpgroupThreads);
-    }
+    if (whole) return;
+    merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, group_ - unit.first_group,
+                                           &shared_.is_last, kSideBarrier, thread_,
+                                           kWarpgroupThreads);
   }
 
   const DecodeParams& params_;

@@ -86,15 +86,15 @@ __device__ inline std::int64_t partial_slot(const DecodeParams& p, const DecodeU
 /// __threadfence() without its sequential consistency.
 __device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-/// Whether this thread block is the last of the unit's to arrive, once `threads` of it, one of them
-/// the leader, have written their parts. The counter is then back at 0 for the next launch.
-__device__ inline bool arrive_last(const DecodeParams& p, const DecodeUnit& unit, int lane,
-                                   std::int32_t* flag, int barrier, int threads, bool leader) {
+/// Whether this thread block is the last of `count` to arrive at a counter, once `threads` of it,
+/// one of them the leader, have written their parts. The counter is then back at 0 for the next
+/// launch.
+__device__ inline bool arrive_last(unsigned* counter, int count, std::int32_t* flag, int barrier,
+                                   int threads, bool leader) {
   fence_device();
   named_barrier_sync(barrier, threads);
   if (leader) {
-    unsigned* counter = p.arrivals + std::int64_t{unit.first_group} * p.lanes.value + lane;
-    const bool last = atomicAdd(counter, 1U) + 1 == static_cast<unsigned>(unit.pieces);
+    const bool last = atomicAdd(counter, 1U) + 1 == static_cast<unsigned>(count);
     if (last) *counter = 0;
     *flag = last ? 1 : 0;
     fence_device();
@@ -124,56 +124,128 @@ struct MergedRow {
   float sum = 0.0F;
   float4 o = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 
-  __device__ void add(const float2& statistics, const float4& values) {
-    if (statistics.x == -INFINITY) return;
-    const float both = fmaxf(max, statistics.x);
-    const float kept = exp2_approx(max - both);
-    const float weight = exp2_approx(statistics.x - both);
-    max = both;
-    sum = sum * kept + statistics.y * weight;
-    o.x = o.x * kept + values.x * weight;
-    o.y = o.y * kept + values.y * weight;
-    o.z = o.z * kept + values.z * weight;
-    o.w = o.w * kept + values.w * weight;
+  /// Pieces without keys, whose maximum is -inf, hold no numbers worth adding.
+  template <int kCount>
+  __device__ void add(const float2 (&statistics)[kCount], const float4 (&values)[kCount]) {
+    const float before = max;
+#pragma unroll
+    for (const float2& piece : statistics) max = fmaxf(max, piece.x);
+    const float base = max == -INFINITY ? 0.0F : max;
+    scale(exp2_approx(before - base));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (statistics[i].x == -INFINITY) continue;
+      const float weight = exp2_approx(statistics[i].x - base);
+      sum += statistics[i].y * weight;
+      o.x += values[i].x * weight;
+      o.y += values[i].y * weight;
+      o.z += values[i].z * weight;
+      o.w += values[i].w * weight;
+    }
+  }
+
+ private:
+  __device__ void scale(float factor) {
+    sum *= factor;
+    o = make_float4(o.x * factor, o.y * factor, o.z * factor, o.w * factor);
+  }
+};
+
+/// Partial results that are merged at a time, with as many loads under way: a launch waits for it.
+inline constexpr int kMergedAtOnce = 8;
+/// A unit of more than twice as many pieces is merged in sets of so many, each by the last thread
+/// block of the set, and the last of these merges the sets: one alone would take longer than the
+/// keys.
+inline constexpr int kPieceSet = 8;
+
+/// Partial results to be merged: pieces of a unit from `first` on, or its sets.
+struct PieceRange {
+  int first, count;
+  bool sets;
+
+  /// A set's result lies in the second slot of its first thread block, which goes on with this unit
+  /// and so leaves no other there; of the first set it is the second block's. A set of one, at the
+  /// end, is that piece.
+  __device__ std::int64_t slot(const DecodeParams& p, const DecodeUnit& unit, int lane,
+                               int i) const {
+    const int piece = sets ? i * kPieceSet : first + i;
+    if (!sets || piece == unit.pieces - 1) return partial_slot(p, unit, lane, piece);
+    const int holder = unit.first_group + max(piece, 1);
+    return 2 * (std::int64_t{holder} * p.lanes.value + lane) + 1;
   }
 };
 
 template <int kValueDim>
 __device__ inline MergedRow merge_row(const DecodeParams& p, const DecodeUnit& unit, int lane,
-                                      int row, int column) {
-  constexpr int kAtOnce = 8;  // loads under way: the whole launch waits for this
+                                      const PieceRange& range, int row, int column) {
   MergedRow merged;
 #pragma unroll 1
-  for (int first = 0; first < unit.pieces; first += kAtOnce) {
-    float2 statistics[kAtOnce];
-    float4 values[kAtOnce];
+  for (int first = 0; first < range.count; first += kMergedAtOnce) {
+    float2 statistics[kMergedAtOnce];
+    float4 values[kMergedAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int piece = min(first + i, unit.pieces - 1);
-      const std::int64_t at = partial_slot(p, unit, lane, piece) * kTileRows + row;
+    for (int i = 0; i < kMergedAtOnce; ++i) {
+      const int piece = min(first + i, range.count - 1);
+      const std::int64_t at = range.slot(p, unit, lane, piece) * kTileRows + row;
       statistics[i] = __ldcg(p.partial_statistics + at);
       values[i] = __ldcg(reinterpret_cast<const float4*>(p.partial_o + at * kValueDim + column));
+      if (first + i >= range.count) statistics[i].x = -INFINITY;
     }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i < unit.pieces) merged.add(statistics[i], values[i]);
-    }
+    merged.add(statistics, values);
   }
   return merged;
 }
 
-/// Merges the pieces in their order, whoever does it: the same bits each time.
+/// Merges partial results in their order, whoever does it: the same bits each time. They become
+/// O or the state, or the result of a set in slot `to`.
 template <typename Element, int kValueDim>
-__device__ inline void merge_pieces(const DecodeParams& p, const DecodeUnit& unit, int lane,
-                                    int thread, int threads) {
+__device__ inline void merge_range(const DecodeParams& p, const DecodeUnit& unit, int lane,
+                                   const PieceRange& range, std::int64_t to, int thread,
+                                   int threads) {
   constexpr int kFours = kValueDim / 4;
   for (int i = thread; i < unit.rows * kFours; i += threads) {
+    const int row = i / kFours;
     const int column = i % kFours * 4;
-    const MergedRow merged = merge_row<kValueDim>(p, unit, lane, i / kFours, column);
-    const DecodeRow at(p, unit, i / kFours);
+    const MergedRow merged = merge_row<kValueDim>(p, unit, lane, range, row, column);
+    if (to >= 0) {
+      const std::int64_t at = to * kTileRows + row;
+      *reinterpret_cast<float4*>(p.partial_o + at * kValueDim + column) = merged.o;
+      if (column == 0) p.partial_statistics[at] = make_float2(merged.max, merged.sum);
+      continue;
+    }
+    const DecodeRow at(p, unit, row);
     const ClosedRow closed(p, merged.max, merged.sum, at.head);
     write_four<Element>(p, at, column, merged.o, closed.factor);
     if (column == 0) closed.write_statistics(p, at);
+  }
+}
+
+/// Once a piece is written: merges what this thread block is the last to have arrived for.
+/// `threads` of it take part.
+template <typename Element, int kValueDim>
+__device__ inline void merge_pieces(const DecodeParams& p, const DecodeUnit& unit, int lane,
+                                    int piece, std::int32_t* flag, int barrier, int thread,
+                                    int threads) {
+  const bool in_sets = unit.pieces > 2 * kMergedAtOnce;
+  const int set = piece / kPieceSet;
+  PieceRange range{0, unit.pieces, false};
+  if (in_sets) range = {set * kPieceSet, min(kPieceSet, unit.pieces - set * kPieceSet), false};
+  unsigned* const counters = p.arrivals + std::int64_t{unit.first_group} * p.lanes.value + lane;
+#pragma unroll 1
+  for (bool to_set = in_sets;; to_set = false) {
+    // Counters of sets lie after those of units.
+    unsigned* const counter = counters + (to_set ? range.first * p.lanes.value + gridDim.x : 0);
+    if (range.count > 1 &&
+        !arrive_last(counter, range.count, flag, barrier, threads, thread == 0)) {
+      return;
+    }
+    const PieceRange all{0, (unit.pieces + kPieceSet - 1) / kPieceSet, true};
+    if (range.count > 1) {
+      merge_range<Element, kValueDim>(p, unit, lane, range,
+                                      to_set ? all.slot(p, unit, lane, set) : -1, thread, threads);
+    }
+    if (!to_set) return;
+    range = all;
   }
 }
 

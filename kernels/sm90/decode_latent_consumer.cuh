@@ -300,10 +300,9 @@ class LatentConsumer {
       }
     }
     if (whole) return;
-    if (arrive_last(params_, unit, lane_, &shared_.is_last, kBothBarrier, 2 * kThreads,
-                    thread_of_both() == 0)) {
-      merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, thread_of_both(), 2 * kThreads);
-    }
+    merge_pieces<Element, Tile::kValueDim>(params_, unit, lane_, group_ - unit.first_group,
+                                           &shared_.is_last, kBothBarrier, thread_of_both(),
+                                           2 * kThreads);
   }
 
   const DecodeParams& params_;

@@ -80,7 +80,7 @@ struct DecodeParams {
   // rows a thread block.
   float* partial_o;
   float2* partial_statistics;  // maximum in powers of two, sum
-  unsigned* arrivals;          // one a thread block, 0 before and after each launch
+  unsigned* arrivals;          // two a thread block, 0 before and after each launch
 };
 
 }  // namespace annulus::kernels::sm90

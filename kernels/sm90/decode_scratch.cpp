@@ -53,9 +53,9 @@ DecodeScratch decode_scratch(cudaStream_t stream, int blocks, int rows, int valu
   const std::int64_t all_rows = std::int64_t{2} * blocks * rows;
   static std::mutex mutex;
   const std::scoped_lock lock(mutex);
-  require(blocks * std::int64_t{sizeof(unsigned)} <= kCounterBytes, ExitCode::internal,
-          "sm90 decode: {} thread blocks; accepted: at most {}", blocks,
-          kCounterBytes / std::int64_t{sizeof(unsigned)});
+  constexpr std::int64_t kMostBlocks = kCounterBytes / (2 * std::int64_t{sizeof(unsigned)});
+  require(blocks <= kMostBlocks, ExitCode::internal,
+          "sm90 decode: {} thread blocks; accepted: at most {}", blocks, kMostBlocks);
   const std::int64_t statistics_bytes = all_rows * std::int64_t{sizeof(float2)};
   const std::int64_t bytes =
       kCounterBytes + statistics_bytes + all_rows * value_dim * std::int64_t{sizeof(float)};
