@@ -22,6 +22,7 @@ template <typename Layout, typename Element, int kColumns>
 __device__ inline void load_rows(const DecodeParams& p, const DecodeUnit& unit, Element* q,
                                  int thread, int threads) {
   constexpr int kChunks = kColumns / 8;
+#pragma unroll 4
   for (int i = thread; i < unit.rows * kChunks; i += threads) {
     const int row = i / kChunks;
     const int chunk = i % kChunks;
@@ -85,8 +86,10 @@ class DecodeConsumer {
   __device__ void run(WorkWalker walker) {
     DecodeUnit unit;
     while (walker.next(unit)) {
-      load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q,
-                                                 side_ * kWarpgroupThreads + thread_, kThreads);
+      if (side_ == kLastSide) {
+        load_rows<Layout, Element, Tile::kHeadDim>(params_, unit, shared_.q, thread_,
+                                                   kWarpgroupThreads);
+      }
       const int local_row = thread_ / 32 * 16 + thread_ % 32 / 4;
       const TokenRange ranges[2] = {row_range(params_, unit, local_row),
                                     row_range(params_, unit, local_row + 8)};
@@ -106,7 +109,8 @@ class DecodeConsumer {
       }
       if constexpr (Tile::kConsumers > 1) hand_over(unit, o, rows);
       if (side_ == 0) finish(unit, local_row, o, rows);
-      named_barrier_sync(kAllBarrier, kThreads);  // the next unit's Q may come
+      // The next unit's Q may come, with two warpgroups beside the first one's end of this unit.
+      if constexpr (Tile::kConsumers == 1) named_barrier_sync(kAllBarrier, kThreads);
     }
   }
 
@@ -114,6 +118,8 @@ class DecodeConsumer {
   static constexpr int kThreads = kWarpgroupThreads * Tile::kConsumers;
   static constexpr int kSideBarrier = 1;  // and 2
   static constexpr int kAllBarrier = 3;
+  static constexpr int kReadBarrier = 4;  // what was handed over has been read
+  static constexpr int kLastSide = Tile::kConsumers - 1;
 
   using Output = float[Tile::kValueDim / 2];
 
@@ -213,6 +219,11 @@ class DecodeConsumer {
         to[3] = to[3] * own[1] + given.w * other[1];
       }
     }
+    if (side_ == 0) {
+      named_barrier_arrive(kReadBarrier, kThreads);
+    } else {
+      named_barrier_sync(kReadBarrier, kThreads);
+    }
   }
 
   /// What both sides' sums are to be multiplied by, beside the merged statistics.
@@ -236,6 +247,7 @@ class DecodeConsumer {
         whole ? 0 : partial_slot(params_, unit, lane_, group_ - unit.first_group);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+      if (thread_ / 32 * 16 + 8 * row >= unit.rows) continue;  // none of this warp's
       const int at = local_row + 8 * row;
       const float max = rows.max[row] * params_.exp_scale;
       const float sum = quad_sum(rows.sum[row]);
