@@ -202,7 +202,7 @@ class NcclCommunicator final : public Communicator {
  protected:
   std::unique_ptr<Exchange> start(std::span<const Send> sends, std::span<const Receive> receives,
                                   Stream stream) override {
-    cuda::order(static_cast<cudaStream_t>(stream.handle), stream_.get());
+    cuda::order(static_cast<cudaStream_t>(stream.handle), {stream_.get()});
     auto flight = std::make_shared<Flight>();
     ANNULUS_CHECK_CUDA(cudaEventRecord(flight->begun.get(), stream_.get()));
     ANNULUS_CHECK_NCCL(ncclGroupStart());

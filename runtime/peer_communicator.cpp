@@ -227,16 +227,19 @@ std::unique_ptr<Exchange> PeerCommunicator::start(std::span<const Send> sends,
     exchange->join(far_->exchange(far_sends, far_receives, stream));
   }
   const auto caller = static_cast<cudaStream_t>(stream.handle);
-  cuda::order(caller, push_stream_.get());  // what is sent is written by then,
-  cuda::order(caller, pull_stream_.get());  // and what is received into no longer read
+  // What is sent is written by then, and what is received into no longer read.
+  cuda::order(caller, {push_stream_.get(), pull_stream_.get()});
   for (const auto& [peer, messages] : by_peer(near_sends)) push(messages, *exchange);
   for (const auto& [peer, messages] : by_peer(near_receives)) {
     exchange->expect(*host_, peer, messages);
   }
-  cuda::order(push_stream_.get(), pull_stream_.get());  // so that wait() covers both
   // Copies within a device are fast because they take multiprocessors: a kernel that holds all of
   // them and waits for a peer, which waits for this copy, has to come after it.
-  if (carrier() == Carrier::copy_engine) cuda::order(push_stream_.get(), caller);
+  if (carrier() == Carrier::copy_engine) {
+    cuda::order(push_stream_.get(), {pull_stream_.get(), caller});
+  } else {
+    cuda::order(push_stream_.get(), {pull_stream_.get()});
+  }
   return exchange;
 }
 

@@ -26,6 +26,9 @@ struct ExecuteOptions {
   /// On devices whose copy engines move the rows, a ring's forward pass is one launch over all
   /// stages instead of one a stage, with room for all stages' rows.
   bool one_launch = true;
+  /// Parts of the heads that ulysses and hybrid exchange and compute one after the other; 0: by
+  /// size, on devices. As head_parts() has it; not with bias or a dense mask.
+  int head_parts = 0;
   ExecutionReport* report = nullptr;  // added to when present
   StageRecorder* recorder = nullptr;  // told when what was done, when present
 };

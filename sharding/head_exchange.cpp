@@ -1,5 +1,6 @@
 #include "sharding/head_exchange.hpp"
 
+#include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 
 namespace annulus {
@@ -17,6 +18,16 @@ TensorView view_at(const Buffer& buffer, std::int64_t offset, const ConstTensorV
   auto* data = static_cast<std::byte*>(buffer.data());
   if (data != nullptr) data += offset * size_bytes(like.dtype);
   return {data, like.dtype, {like.shape[0], rows, heads, like.shape[3]}, like.device};
+}
+
+// Bytes of all rows of `like` for the heads of every rank but one.
+std::int64_t bytes_of_others(const ConstTensorView& like, std::span<const Span> heads_of,
+                             int self) {
+  std::int64_t heads = 0;
+  for (std::size_t rank = 0; rank < heads_of.size(); ++rank) {
+    if (rank != index(self)) heads += heads_of[rank].size();
+  }
+  return heads * like.shape[0] * like.shape[1] * like.shape[3] * size_bytes(like.dtype);
 }
 
 TensorView batch_row(const TensorView& view, std::int64_t b) { return view.slice(0, {b, b + 1}); }
@@ -43,132 +54,115 @@ Span HeadExchange::group_rows(Rows rows, const RowRun& run) const {
   return {begin, begin + run.global.size()};
 }
 
-std::vector<Span> HeadExchange::q_heads() const {
-  std::vector<Span> heads;
-  for (int j = 0; j < plan_.head_ranks(); ++j) heads.push_back(plan_.q_heads_of(j));
-  return heads;
-}
-
-std::vector<Span> HeadExchange::kv_heads() const {
-  std::vector<Span> heads;
-  for (int j = 0; j < plan_.head_ranks(); ++j) heads.push_back(plan_.kv_heads_of(j));
-  return heads;
-}
-
-HeadExchange::Pending HeadExchange::to_heads(Rows rows, const ConstTensorView& local,
-                                             std::span<const Span> heads_of) {
-  const int self = plan_.head_rank();
+TensorView HeadExchange::Bundle::to_heads(Rows rows, const ConstTensorView& local,
+                                          std::span<const Span> heads_of) {
+  const HeadExchange& exchange = *exchange_;
+  const Stream stream = exchange.stream_;
+  const int self = exchange.plan_.head_rank();
   const Span own = heads_of[index(self)];
   const std::int64_t batch = local.shape[0];
-  const std::int64_t row = batch * local.shape[1] * local.shape[3];  // elements of one head
-  const std::int64_t element = size_bytes(local.dtype);
-  Pending pending;
-  pending.stream_ = stream_;
-  const std::int64_t group = group_layout(rows).rows(plan_.group());
-  pending.memory_ =
-      Buffer(local.device, batch * group * own.size() * local.shape[3] * element, stream_);
-  pending.result_ = view_at(pending.memory_, 0, local, group, own.size());
-
-  std::int64_t packed_heads = 0;
-  for (int peer = 0; peer < heads_.size(); ++peer) {
-    if (peer != self) packed_heads += heads_of[index(peer)].size();
-  }
-  pending.packed_ = Buffer(local.device, packed_heads * row * element, stream_);
-  std::vector<Send> sends;
-  std::vector<Receive> receives;
+  const std::int64_t group = exchange.group_layout(rows).rows(exchange.plan_.group());
+  memory_.emplace_back(
+      local.device, batch * group * own.size() * local.shape[3] * size_bytes(local.dtype), stream);
+  const TensorView result = view_at(memory_.back(), 0, local, group, own.size());
+  packed_.emplace_back(local.device, bytes_of_others(local, heads_of, self), stream);
   std::int64_t next = 0;
-  for (int peer = 0; peer < heads_.size(); ++peer) {
-    for (const RowRun& run : rank_layout(rows).runs(rank_of(peer))) {
-      const TensorView place = pending.result_.slice(1, group_rows(rows, run));
+  for (int peer = 0; peer < exchange.heads_.size(); ++peer) {
+    for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(peer))) {
+      const TensorView place = result.slice(1, exchange.group_rows(rows, run));
       if (peer == self) {
-        copy(local.slice(1, run.rows()).slice(2, own), place, stream_);
+        stays_.push_back({local.slice(1, run.rows()).slice(2, own), place});
         continue;
       }
       for (std::int64_t b = 0; b < batch; ++b) {
         const TensorView part = batch_row(place, b);
-        receives.push_back({peer, part.data, bytes_of(part)});
+        receives_.push_back({peer, part.data, bytes_of(part)});
       }
     }
     if (peer == self) continue;
     const Span theirs = heads_of[index(peer)];
-    const TensorView packed = view_at(pending.packed_, next, local, local.shape[1], theirs.size());
-    copy(local.slice(2, theirs), packed, stream_);
+    const TensorView packed = view_at(packed_.back(), next, local, local.shape[1], theirs.size());
+    copy(local.slice(2, theirs), packed, stream);
     next += packed.shape.elements();
-    for (const RowRun& run : rank_layout(rows).runs(rank_of(self))) {
+    for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(self))) {
       for (std::int64_t b = 0; b < batch; ++b) {
         const TensorView part = batch_row(packed, b).slice(1, run.rows());
-        sends.push_back({peer, part.data, bytes_of(part)});
+        sends_.push_back({peer, part.data, bytes_of(part)});
       }
     }
   }
-  pending.exchange_ = heads_.exchange(sends, receives, stream_);
-  return pending;
+  return result;
 }
 
-HeadExchange::Pending HeadExchange::to_rows(Rows rows, const TensorView& theirs,
-                                            std::span<const Span> heads_of, const TensorView& local,
-                                            bool add) {
-  const int self = plan_.head_rank();
+void HeadExchange::Bundle::to_rows(Rows rows, const TensorView& theirs,
+                                   std::span<const Span> heads_of, const TensorView& local,
+                                   bool add) {
+  const HeadExchange& exchange = *exchange_;
+  const int self = exchange.plan_.head_rank();
   const std::int64_t batch = local.shape[0];
-  const std::int64_t element = size_bytes(local.dtype);
-  Pending pending;
-  pending.stream_ = stream_;
-  pending.add_ = add;
-  std::int64_t arriving_heads = 0;
-  for (int peer = 0; peer < heads_.size(); ++peer) {
-    if (peer != self) arriving_heads += heads_of[index(peer)].size();
-  }
-  pending.memory_ = Buffer(
-      local.device, arriving_heads * batch * local.shape[1] * local.shape[3] * element, stream_);
-  std::vector<Send> sends;
-  std::vector<Receive> receives;
+  memory_.emplace_back(local.device, bytes_of_others(local, heads_of, self), exchange.stream_);
   std::int64_t next = 0;
-  for (int peer = 0; peer < heads_.size(); ++peer) {
+  for (int peer = 0; peer < exchange.heads_.size(); ++peer) {
     const Span heads = heads_of[index(peer)];
     if (peer == self) {
-      for (const RowRun& run : rank_layout(rows).runs(rank_of(self))) {
-        pending.arrivals_.push_back(
-            {theirs.slice(1, group_rows(rows, run)), local.slice(1, run.rows()).slice(2, heads)});
+      for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(self))) {
+        arrivals_.push_back({theirs.slice(1, exchange.group_rows(rows, run)),
+                             local.slice(1, run.rows()).slice(2, heads), add});
       }
       continue;
     }
-    for (const RowRun& run : rank_layout(rows).runs(rank_of(peer))) {
+    for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(peer))) {
       for (std::int64_t b = 0; b < batch; ++b) {
-        const TensorView part = batch_row(theirs, b).slice(1, group_rows(rows, run));
-        sends.push_back({peer, part.data, bytes_of(part)});
+        const TensorView part = batch_row(theirs, b).slice(1, exchange.group_rows(rows, run));
+        sends_.push_back({peer, part.data, bytes_of(part)});
       }
     }
-    const TensorView arriving = view_at(pending.memory_, next, local, local.shape[1], heads.size());
+    const TensorView arriving = view_at(memory_.back(), next, local, local.shape[1], heads.size());
     next += arriving.shape.elements();
-    pending.arrivals_.push_back({arriving, local.slice(2, heads)});
-    for (const RowRun& run : rank_layout(rows).runs(rank_of(self))) {
+    arrivals_.push_back({arriving, local.slice(2, heads), add});
+    for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(self))) {
       for (std::int64_t b = 0; b < batch; ++b) {
         const TensorView part = batch_row(arriving, b).slice(1, run.rows());
-        receives.push_back({peer, part.data, bytes_of(part)});
+        receives_.push_back({peer, part.data, bytes_of(part)});
       }
     }
   }
-  pending.exchange_ = heads_.exchange(sends, receives, stream_);
-  return pending;
 }
 
-void HeadExchange::Pending::wait() {
-  if (exchange_ == nullptr) return;
-  exchange_->wait(stream_);
-  exchange_.reset();
-  packed_ = Buffer();
+void HeadExchange::Bundle::start() {
+  const Stream stream = exchange_->stream_;
+  under_way_ = exchange_->heads_.exchange(sends_, receives_, stream);
+  if (exchange_->heads_.device() == Device::cuda) {
+    // What arrives is queued now: behind what `stream` is given next it would come later.
+    const Stream side = kernels::cuda::side_stream();
+    kernels::cuda::order(stream, side);
+    under_way_->wait(side);
+  }
+  for (const auto& [from, to] : stays_) copy(from, to, stream);
+  stays_.clear();
+}
+
+void HeadExchange::Bundle::wait() {
+  if (under_way_ == nullptr) return;
+  const Stream stream = exchange_->stream_;
+  under_way_->wait(stream);
+  under_way_.reset();
+  packed_.clear();
   for (const Arrival& arrival : arrivals_) {
-    if (add_) {
-      accumulate(arrival.from, arrival.into, stream_);
+    if (arrival.add) {
+      accumulate(arrival.from, arrival.into, stream);
     } else {
-      copy(arrival.from, arrival.into, stream_);
+      copy(arrival.from, arrival.into, stream);
     }
   }
   arrivals_.clear();
 }
 
-void HeadExchange::Pending::progress() {
-  if (exchange_ != nullptr) exchange_->test();
+std::int64_t HeadExchange::Bundle::buffer_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Buffer& buffer : packed_) bytes += buffer.bytes();
+  for (const Buffer& buffer : memory_) bytes += buffer.bytes();
+  return bytes;
 }
 
 }  // namespace annulus

@@ -17,43 +17,47 @@ class HeadExchange {
  public:
   enum class Rows : std::uint8_t { queries, keys };
 
-  /// A transfer under way.
-  class Pending {
+  /// Tensors that travel together, in one exchange. All ranks add the same, in the same order.
+  class Bundle {
    public:
-    /// Returns when it is done; then `result` or the caller's tensor is complete.
+    explicit Bundle(HeadExchange& exchange) : exchange_(&exchange) {}
+
+    /// heads_of[j] are the heads, of the local view, that rank j computes. Returns where they will
+    /// be: [batch, group rows, own heads, dim], contiguous, as long as the bundle lives.
+    TensorView to_heads(Rows rows, const ConstTensorView& local, std::span<const Span> heads_of);
+    /// Back from [batch, group rows, own heads, dim], which must live until wait(). `add` sums f32
+    /// where ranks share heads, in the order of the ranks; else the heads must not overlap.
+    void to_rows(Rows rows, const TensorView& theirs, std::span<const Span> heads_of,
+                 const TensorView& local, bool add);
+
+    void start();
+    /// Returns when it is done; then all views are complete.
     void wait();
-    void progress();
-    /// [batch, group rows, own heads, dim], contiguous; of to_heads().
-    const TensorView& result() const { return result_; }
-    std::int64_t buffer_bytes() const { return packed_.bytes() + memory_.bytes(); }
+    std::int64_t buffer_bytes() const;
 
    private:
-    friend class HeadExchange;
+    struct Stay {
+      ConstTensorView from;
+      TensorView to;
+    };
     struct Arrival {
       TensorView from;
       TensorView into;
+      bool add = false;
     };
+
+    HeadExchange* exchange_;
+    std::vector<Send> sends_;
+    std::vector<Receive> receives_;
+    std::vector<Stay> stays_;  // rows of this rank for its own heads
     std::vector<Arrival> arrivals_;
-    bool add_ = false;
-    Buffer packed_;
-    Buffer memory_;
-    TensorView result_;
-    std::unique_ptr<Exchange> exchange_;
-    Stream stream_;
+    std::vector<Buffer> packed_;  // until they have left
+    std::vector<Buffer> memory_;
+    std::unique_ptr<Exchange> under_way_;
   };
 
   /// `heads` are the ranks of plan.head_ranks(), in their order.
   HeadExchange(Communicator& heads, const AttentionPlan& plan, Stream stream);
-
-  /// heads_of[j] are the heads, of the local view, that rank j computes.
-  Pending to_heads(Rows rows, const ConstTensorView& local, std::span<const Span> heads_of);
-  /// Back from [batch, group rows, own heads, dim], which must live until wait(). `add` sums f32
-  /// where ranks share heads, in the order of the ranks; else the heads must not overlap.
-  Pending to_rows(Rows rows, const TensorView& theirs, std::span<const Span> heads_of,
-                  const TensorView& local, bool add);
-
-  std::vector<Span> q_heads() const;
-  std::vector<Span> kv_heads() const;
 
  private:
   const SequenceLayout& rank_layout(Rows rows) const;

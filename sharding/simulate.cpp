@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "kernels/error.hpp"
+#include "sharding/head_parts.hpp"
 #include "sharding/memory_model.hpp"
 #include "sharding/stage_parts.hpp"
 
@@ -86,7 +87,9 @@ class RankWalk {
   }
 
   RankTimeline finish() {
-    const double back = timeline_.head_exchange_seconds * back_share_;
+    // What kernels cannot hide, and what goes on after the last of them.
+    const double beside = timeline_.compute_seconds * (1.0 - 1.0 / head_parts_);
+    const double back = heads_back_seconds_ + std::max(heads_beside_seconds_ - beside, 0.0);
     timeline_.exposed_seconds += back;
     timeline_.seconds = clock_ + back;
     return std::move(timeline_);
@@ -201,7 +204,7 @@ class RankWalk {
   // All-gather computes KV head by KV head.
   double calls() const {
     const bool by_head = plan_.scheme() == Scheme::all_gather;
-    return by_head ? static_cast<double>(plan_.request().kv_heads) : 1.0;
+    return by_head ? static_cast<double>(plan_.request().kv_heads) : head_parts_;
   }
 
   // A stage after the first writes the running state that it has read.
@@ -217,7 +220,8 @@ class RankWalk {
            plan_.request().block_rows == 0;
   }
 
-  // Everything that the heads trade, in and out: packed, moved, and unpacked.
+  // Everything that the heads trade, in and out: packed, moved, and unpacked. Of some parts all but
+  // the first part's way in and the last one's way back go on beside kernels.
   void exchange_heads() {
     if (plan_.head_ranks() == 1) return;
     std::int64_t stage_bytes = 0;
@@ -228,13 +232,16 @@ class RankWalk {
       const LinkBytes back = partials_out(stage);
       stage_bytes += back.node + back.network;
     }
+    if (rates_.hides_node_transfers) head_parts_ = choose_head_parts(plan_, sizes_);
     const auto bytes = static_cast<double>(timeline_.bytes_sent - stage_bytes);
     const bool inside = plan_.head_ranks() <= rates_.node_ranks;
-    const double seconds = bytes / (inside ? rates_.node_bandwidth : rates_.network_bandwidth) +
-                           2.0 * bytes / rates_.copy_bandwidth;
+    const double moving = bytes / (inside ? rates_.node_bandwidth : rates_.network_bandwidth);
+    heads_beside_seconds_ = moving * (1.0 - 1.0 / head_parts_);
+    const double exposed = moving / head_parts_ + 2.0 * bytes / rates_.copy_bandwidth;
     // Forward: q, k, v in and O out. Backward: q, k, v, dO in and fp32 dQ, dK, dV out.
-    back_share_ = pass_ == Pass::forward ? 0.5 : 1.0;
-    timeline_.head_exchange_seconds = seconds / (1.0 + back_share_) + rates_.latency_seconds;
+    const double back_share = pass_ == Pass::forward ? 1.0 / 3.0 : 0.5;
+    heads_back_seconds_ = exposed * back_share + rates_.latency_seconds;
+    timeline_.head_exchange_seconds = exposed * (1.0 - back_share) + rates_.latency_seconds;
   }
 
   int main_peer(const Stage& stage) const {
@@ -256,7 +263,9 @@ class RankWalk {
   std::map<int, const Stage*> stages_;
   RankTimeline timeline_;
   double clock_ = 0.0;
-  double back_share_ = 0.0;
+  int head_parts_ = 1;
+  double heads_back_seconds_ = 0.0;
+  double heads_beside_seconds_ = 0.0;  // moving, while parts are computed
   bool joined_ = false;
   bool computed_ = false;  // a stage before
 };

@@ -74,7 +74,7 @@ Stream side_stream() {
   return {stream.get()};
 }
 
-void order(Stream earlier, Stream later) { order(handle_of(earlier), handle_of(later)); }
+void order(Stream earlier, Stream later) { order(handle_of(earlier), {handle_of(later)}); }
 
 void write_word(std::uint32_t* word, std::uint32_t value, Stream stream) {
   const CUresult result = word_writer()(handle_of(stream), reinterpret_cast<CUdeviceptr>(word),

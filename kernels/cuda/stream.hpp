@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+#include <map>
 #include <memory>
 
 #include "kernels/cuda/check.hpp"
@@ -35,11 +37,16 @@ inline OwnedEvent make_event(unsigned flags = cudaEventDisableTiming) {
   return OwnedEvent(event);
 }
 
-/// `later` goes on when all that `earlier` holds now is done.
-inline void order(cudaStream_t earlier, cudaStream_t later) {
-  const OwnedEvent event = make_event();
+/// All of `later` go on when all that `earlier` holds now is done. A wait is for what the event
+/// stood for then, so that one serves all calls of a thread: to make it takes as long as to use it.
+inline void order(cudaStream_t earlier, std::initializer_list<cudaStream_t> later) {
+  thread_local std::map<int, OwnedEvent> events;
+  int device = 0;
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  OwnedEvent& event = events[device];
+  if (event == nullptr) event = make_event();
   ANNULUS_CHECK_CUDA(cudaEventRecord(event.get(), earlier));
-  ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(later, event.get()));
+  for (cudaStream_t stream : later) ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(stream, event.get()));
 }
 
 /// A copy between allocations of devices, by the copy engine also within one device: a plain copy

@@ -42,6 +42,7 @@ void run_matrix(const std::vector<AttentionCase>& cases, std::size_t stride) {
             request->stage_rows = number % 3 == 0 ? 30 : 0;
             RunOptions options;
             options.execute.in_place = in_place;
+            options.execute.head_parts = static_cast<int>(number % 4);
             options.ranks_per_node = number % 2 == 0 ? 2 : 0;
             ASSERT_NO_THROW(run_on_threads(c, request, found, options));
             expect_equal(c, found, expected);
