@@ -52,18 +52,16 @@ class KernelTimes {
   KernelTimes(Communicator& world, const Place& place, int repeats)
       : world_(world), place_(place), repeats_(repeats) {}
 
-  double forward(RankAttention& tensors, const Band& band) const {
+  double forward(RankAttention& tensors, std::span<const Slice> slices) const {
     ForwardCall call = tensors.forward();
-    const std::vector<Slice> slices = all_within(call.problem, band);
     call.problem.mask = {slices, {}};
     return timed(world_, repeats_, [&] {
       attention_forward(call);
       place_.finish();
     });
   }
-  double backward(RankAttention& tensors, const Band& band) const {
+  double backward(RankAttention& tensors, std::span<const Slice> slices) const {
     BackwardCall call = tensors.backward();
-    const std::vector<Slice> slices = all_within(call.problem, band);
     call.problem.mask = {slices, {}};
     return timed(world_, repeats_, [&] {
       attention_backward(call);
@@ -72,14 +70,55 @@ class KernelTimes {
   }
 
  private:
-  static std::vector<Slice> all_within(const AttentionProblem& problem, const Band& band) {
-    return {{{0, problem.seq_q()}, {0, problem.seq_kv()}, band}};
-  }
-
   Communicator& world_;
   const Place& place_;
   int repeats_;
 };
+
+// Causal documents of equal length.
+std::vector<Slice> causal_documents(std::int64_t rows, std::int64_t length) {
+  std::vector<Slice> slices;
+  for (std::int64_t begin = 0; begin < rows; begin += length) {
+    const Span document{begin, std::min(begin + length, rows)};
+    slices.push_back({document, document, {-kUnbounded, 0}});
+  }
+  return slices;
+}
+
+struct TimedWork {
+  TileWork work;
+  double seconds = 0.0;  // beside what a call takes
+};
+
+struct TileRates {
+  double pair_seconds = 0.0;
+  double tile_seconds = 0.0;
+};
+
+// What a pair and a tile take, by much work of few tiles for its pairs, and by little of many.
+TileRates solve(const TimedWork& much, const TimedWork& little) {
+  const auto pairs = static_cast<double>(much.work.pairs);
+  const auto tiles = static_cast<double>(much.work.tiles);
+  const double share = static_cast<double>(little.work.pairs) / pairs;
+  const double more_tiles = static_cast<double>(little.work.tiles) - share * tiles;
+  TileRates rates;
+  if (more_tiles > 0.0) {
+    rates.tile_seconds = std::clamp((little.seconds - share * much.seconds) / more_tiles, 0.0,
+                                    0.5 * much.seconds / tiles);
+  }
+  rates.pair_seconds = (much.seconds - tiles * rates.tile_seconds) / pairs;
+  return rates;
+}
+
+TileWork work_of(std::span<const Slice> slices, std::int64_t tile_rows, std::int64_t copies) {
+  TileWork all;
+  for (const Slice& slice : slices) {
+    const TileWork work = tile_work(slice, tile_rows);
+    all.pairs += copies * work.pairs;
+    all.tiles += copies * work.tiles;
+  }
+  return all;
+}
 
 }  // namespace
 
@@ -103,39 +142,44 @@ double timed(Communicator& ranks, int repeats, const std::function<void()>& step
 
 Rates measure_rates(Context& context, const Place& place, const PlanRequest& request,
                     const AttentionSizes& sizes, DType dtype, int repeats) {
-  constexpr std::int64_t kUnevenRows = 8192;  // more would only add pairs
+  constexpr std::int64_t kFewRows = 8192;
+  constexpr std::int64_t kDocuments = 16;
+  constexpr std::int64_t kDeviceTile = 128;
   Communicator& world = context.world();
   const std::int64_t rows = request.q_layout.max_rows();
-  const std::int64_t fewer = std::min(rows, kUnevenRows);
+  const std::int64_t fewer = std::min(rows, kFewRows);
   const std::int64_t heads = request.batch * request.q_heads;
   const auto square = [&](std::int64_t side) {
     return RankAttention(request, sizes, dtype, context.rank(), place.device, side, side);
   };
   const KernelTimes times(world, place, repeats);
-  const Band whole;
-  const Band half{-kUnbounded, 0};
-  const auto uneven_seconds = [&](double whole_seconds, double half_seconds) {
-    return std::max(half_seconds - 0.5 * whole_seconds, 0.0) / static_cast<double>(fewer * heads);
-  };
   Rates rates;
+  rates.tile_rows = place.device == Device::cuda ? kDeviceTile : 1;
   {
-    RankAttention all = square(rows);
-    const double forward = times.forward(all, whole);
-    all.compute_delta();
-    const double backward = times.backward(all, whole);
-    rates.forward_flops = forward_flops(rows * rows * heads, sizes) / forward;
-    rates.backward_flops = backward_flops(rows * rows * heads, sizes) / backward;
+    RankAttention one = square(1);
+    rates.call_seconds = times.forward(one, causal_documents(1, 1));
   }
-  {
-    RankAttention few = square(fewer);
-    rates.forward_uneven_seconds =
-        uneven_seconds(times.forward(few, whole), times.forward(few, half));
-    few.compute_delta();
-    rates.backward_uneven_seconds =
-        uneven_seconds(times.backward(few, whole), times.backward(few, half));
+  TimedWork forward[2];
+  TimedWork backward[2];
+  const std::int64_t sides[2] = {rows, fewer};
+  const std::int64_t lengths[2] = {rows, std::max<std::int64_t>(fewer / kDocuments, 1)};
+  for (int i = 0; i < 2; ++i) {
+    RankAttention tensors = square(sides[i]);
+    const std::vector<Slice> slices = causal_documents(sides[i], lengths[i]);
+    const auto beside_call = [&](double seconds) {
+      return std::max(seconds - rates.call_seconds, 0.1 * seconds);
+    };
+    forward[i].work = backward[i].work = work_of(slices, rates.tile_rows, heads);
+    forward[i].seconds = beside_call(times.forward(tensors, slices));
+    tensors.compute_delta();
+    backward[i].seconds = beside_call(times.backward(tensors, slices));
   }
-  RankAttention one = square(1);
-  rates.call_seconds = times.forward(one, whole);
+  const TileRates of_forward = solve(forward[0], forward[1]);
+  const TileRates of_backward = solve(backward[0], backward[1]);
+  rates.forward_flops = forward_flops(1, sizes) / of_forward.pair_seconds;
+  rates.backward_flops = backward_flops(1, sizes) / of_backward.pair_seconds;
+  rates.forward_tile_seconds = of_forward.tile_seconds;
+  rates.backward_tile_seconds = of_backward.tile_seconds;
   rates.copy_bandwidth = copy_bandwidth(world, place);
   rates.node_bandwidth = rates.network_bandwidth = exchange_bandwidth(world, place);
   rates.node_ranks = context.ranks_on_node();

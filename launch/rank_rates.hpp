@@ -28,9 +28,9 @@ struct Place {
   void finish() const { synchronize(device, {}); }
 };
 
-/// What a perfect ring would keep up: kept pairs a second from squares that are kept whole, and the
-/// cost of uneven rows from smaller ones, of which a diagonal halves one; and how fast bytes move.
-/// In place and in one launch where `place` could. Collective.
+/// What a perfect ring would keep up: what pairs and tiles take, from one causal attention over as
+/// many rows as a rank has and from short documents; and how fast bytes move. In place and in one
+/// launch where `place` could. Collective.
 Rates measure_rates(Context& context, const Place& place, const PlanRequest& request,
                     const AttentionSizes& sizes, DType dtype, int repeats);
 

@@ -25,14 +25,17 @@ Rates read_rates(const std::string& path) {
     rates.node_ranks = json.at("node_ranks");
     rates.hides_node_transfers = json.at("hides_node_transfers");
     rates.reads_in_place = json.at("reads_in_place");
-    rates.forward_uneven_seconds = json.value("forward_uneven_seconds", 0.0);
-    rates.backward_uneven_seconds = json.value("backward_uneven_seconds", 0.0);
+    rates.tile_rows = json.value("tile_rows", std::int64_t{1});
+    rates.forward_tile_seconds = json.value("forward_tile_seconds", 0.0);
+    rates.backward_tile_seconds = json.value("backward_tile_seconds", 0.0);
     rates.one_launch = json.value("one_launch", false);
     for (const double rate : {rates.forward_flops, rates.backward_flops, rates.copy_bandwidth,
                               rates.node_bandwidth, rates.network_bandwidth}) {
       require(rate > 0.0, ExitCode::bad_data, "rates: {}: a rate of {}; accepted: above 0", path,
               rate);
     }
+    require(rates.tile_rows > 0, ExitCode::bad_data, "rates: {}: tiles of {} rows", path,
+            rates.tile_rows);
     require(rates.node_ranks > 0, ExitCode::bad_data, "rates: {}: {} ranks a node", path,
             rates.node_ranks);
     return rates;
@@ -45,8 +48,9 @@ void write_rates(const std::string& path, const Rates& rates) {
   std::ofstream file(path);
   file << nlohmann::json{{"forward_flops", rates.forward_flops},
                          {"backward_flops", rates.backward_flops},
-                         {"forward_uneven_seconds", rates.forward_uneven_seconds},
-                         {"backward_uneven_seconds", rates.backward_uneven_seconds},
+                         {"tile_rows", rates.tile_rows},
+                         {"forward_tile_seconds", rates.forward_tile_seconds},
+                         {"backward_tile_seconds", rates.backward_tile_seconds},
                          {"copy_bandwidth", rates.copy_bandwidth},
                          {"node_bandwidth", rates.node_bandwidth},
                          {"network_bandwidth", rates.network_bandwidth},

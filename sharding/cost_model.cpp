@@ -69,10 +69,11 @@ Rates default_rates(Device device) {
     rates.node_ranks = 1 << 20;
     return rates;
   }
+  rates.tile_rows = 128;
   rates.forward_flops = 7.2e14;
-  rates.backward_flops = 5.1e14;
-  rates.forward_uneven_seconds = 1.4e-10;
-  rates.backward_uneven_seconds = 6.8e-9;
+  rates.backward_flops = 5.5e14;
+  rates.forward_tile_seconds = 1.1e-8;
+  rates.backward_tile_seconds = 8e-8;
   rates.copy_bandwidth = 1.15e12;
   rates.node_bandwidth = 2.5e11;
   rates.network_bandwidth = 4.5e10;
@@ -92,11 +93,22 @@ double backward_flops(std::int64_t area, const AttentionSizes& sizes) {
          static_cast<double>(3 * sizes.head_dim + 2 * sizes.value_dim);
 }
 
-std::int64_t uneven_rows(const Slice& slice) {
-  const auto [lo, hi] = slice.band;
-  const Span lower = intersect(slice.q, {slice.k.begin + 1 - lo, slice.k.end - lo});
-  const Span upper = intersect(slice.q, {slice.k.begin - hi, slice.k.end - 1 - hi});
-  return lower.size() + upper.size() - 2 * intersect(lower, upper).size();
+TileWork tile_work(const Slice& slice, std::int64_t tile_rows) {
+  const Span seeing =
+      intersect(slice.q, {slice.k.begin - slice.band.hi, slice.k.end - slice.band.lo});
+  if (seeing.empty() || slice.k.empty()) return {};
+  if (tile_rows <= 1) return {slice.area(), seeing.size()};
+  TileWork work;
+  for (std::int64_t begin = seeing.begin / tile_rows * tile_rows; begin < seeing.end;
+       begin += tile_rows) {
+    const Span queries = intersect(seeing, {begin, begin + tile_rows});
+    const Span keys =
+        intersect(slice.k, {queries.begin + slice.band.lo, queries.end + slice.band.hi});
+    if (keys.empty()) continue;
+    ++work.tiles;
+    work.pairs += (keys.size() + tile_rows - 1) / tile_rows * tile_rows * tile_rows;
+  }
+  return work;
 }
 
 GroupShares group_shares(const SequenceLayout& q_layout, const SequenceLayout& kv_layout,

@@ -10,12 +10,13 @@ namespace annulus {
 
 /// How fast a rank works and how fast ranks talk. `annulus bench ring` measures them for a machine.
 struct Rates {
-  double forward_flops = 1e11;  // kept products and sums, per second and rank
+  /// Kernels compute whole squares of so many queries and keys; 1: just the kept pairs.
+  std::int64_t tile_rows = 1;
+  double forward_flops = 1e11;  // products and sums of whole tiles, per second and rank
   double backward_flops = 1e11;
-  /// Beside that, of a head of an uneven row (below): tiles that a diagonal cuts are computed
-  /// whole, and end at different times.
-  double forward_uneven_seconds = 0.0;
-  double backward_uneven_seconds = 0.0;
+  /// Beside that, for each head and each tile of queries of a slice (below), however few its keys.
+  double forward_tile_seconds = 0.0;
+  double backward_tile_seconds = 0.0;
   double copy_bandwidth = 1e10;     // bytes per second a rank moves within its own memory
   double node_bandwidth = 1e10;     // bytes per second into a rank from its node
   double network_bandwidth = 1e10;  // bytes per second into a rank from other nodes
@@ -47,9 +48,14 @@ struct AttentionSizes {
 double forward_flops(std::int64_t area, const AttentionSizes& sizes);
 double backward_flops(std::int64_t area, const AttentionSizes& sizes);
 
-/// Query rows of a slice of whose keys the band sets one end and the key range the other, so that
-/// their number changes from row to row.
-std::int64_t uneven_rows(const Slice& slice);
+/// What kernels compute of a slice.
+struct TileWork {
+  std::int64_t pairs = 0;  // in whole tiles
+  std::int64_t tiles = 0;  // of queries that see some key
+};
+/// Tiles of queries begin at multiples of `tile_rows`, those of keys at the first key of a tile of
+/// queries. Time grows with the tiles.
+TileWork tile_work(const Slice& slice, std::int64_t tile_rows);
 
 /// What each group of ranks (see AttentionPlan) computes, receives and sends, without making its
 /// plan: exact, in time that grows with slices, chunks and the sum of both over the ranks.

@@ -185,19 +185,20 @@ class RankWalk {
   double compute_seconds(const Stage& stage) const {
     if (stage.slices.slices.empty()) return 0.0;
     const std::int64_t copies = stage.slices.batch_offsets.empty() ? plan_.request().batch : 1;
-    std::int64_t area = 0;
-    std::int64_t uneven = 0;
+    TileWork work;
     for (const Slice& slice : stage.slices.slices) {
-      area += copies * slice.area();
-      uneven += copies * uneven_rows(slice);
+      const TileWork more = tile_work(slice, rates_.tile_rows);
+      work.pairs += copies * more.pairs;
+      work.tiles += copies * more.tiles;
     }
     const bool forward = pass_ == Pass::forward;
-    const double flops = forward ? forward_flops(area, sizes_) : backward_flops(area, sizes_);
+    const double flops =
+        forward ? forward_flops(work.pairs, sizes_) : backward_flops(work.pairs, sizes_);
     const double rate = forward ? rates_.forward_flops : rates_.backward_flops;
-    const double more = forward ? rates_.forward_uneven_seconds : rates_.backward_uneven_seconds;
+    const double tile = forward ? rates_.forward_tile_seconds : rates_.backward_tile_seconds;
     const auto heads = static_cast<double>(plan_.q_heads_of(plan_.head_rank()).size());
-    const double seconds = heads * (flops / rate + more * static_cast<double>(uneven));
-    if (joined_ && stage.number > 0) return seconds;
+    const double seconds = heads * (flops / rate + tile * static_cast<double>(work.tiles));
+    if (computed_ && (joined_ || (forward && launches_once()))) return seconds;
     return seconds + calls() * rates_.call_seconds + (forward ? resume_seconds() : 0.0);
   }
 

@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <map>
 #include <random>
+#include <set>
 
 #include "sharding/attention_plan.hpp"
+#include "sharding/head_parts.hpp"
 #include "sharding/simulate.hpp"
 
 namespace annulus {
@@ -210,6 +213,30 @@ TEST(Simulate, BalanceHelpsAndOverlapHidesTransfers) {
   EXPECT_GE(zigzag.seconds, ideal);
 }
 
+TEST(Simulate, ExchangesHeadsBesideKernelsButForTheFirstAndTheLastPart) {
+  const AttentionSizes sizes{128, 128, 2, true};
+  const std::int64_t seq = 16384;
+  auto request = request_of({}, seq, 2, Scheme::ulysses);
+  request->q_heads = 64;
+  const int parts = choose_head_parts(AttentionPlan(request, 0), sizes);
+  ASSERT_EQ(parts, 4);
+  Rates rates;
+  rates.node_ranks = 2;
+  rates.copy_bandwidth = 1e30;
+  rates.latency_seconds = rates.call_seconds = 0.0;
+  rates.forward_flops = 7e14;
+  rates.node_bandwidth = 4e11;
+  const auto bytes =
+      static_cast<double>(AttentionPlan(request, 0).forward_bytes(128, 128, 2, true));
+  const double compute = 32.0 * forward_flops(seq * seq, sizes) / rates.forward_flops;
+  const auto seconds = [&] { return simulate(request, sizes, rates, Pass::forward).seconds; };
+  EXPECT_NEAR(seconds(), compute + bytes / rates.node_bandwidth / parts, 1e-9);
+  rates.node_bandwidth = 4e8;
+  EXPECT_NEAR(seconds(), compute / parts + bytes / rates.node_bandwidth, 1e-6);
+  rates.hides_node_transfers = false;
+  EXPECT_NEAR(seconds(), compute + bytes / rates.node_bandwidth, 1e-6);
+}
+
 TEST(ChooseScheme, KeepsKvOffASlowNetwork) {
   Rates rates;  // 8 ranks a node, fast inside, slow between
   rates.forward_flops = 5e14;
@@ -230,7 +257,7 @@ TEST(ChooseScheme, KeepsKvOffASlowNetwork) {
   EXPECT_EQ(local->scheme, Scheme::ring);
 }
 
-TEST(UnevenRows, HaveOneEndOnTheBand) {
+TEST(TileWork, IsThatOfTheTilesThatSeeSomething) {
   const std::uint32_t seed = std::random_device{}();
   SCOPED_TRACE(::testing::Message() << "seed " << seed);
   std::mt19937 random(seed);
@@ -238,6 +265,7 @@ TEST(UnevenRows, HaveOneEndOnTheBand) {
     return std::uniform_int_distribution<std::int64_t>(least, most)(random);
   };
   for (int round = 0; round < 500; ++round) {
+    const std::int64_t tile_rows = draw(1, 6);
     Slice slice;
     slice.q.begin = draw(0, 20);
     slice.q.end = slice.q.begin + draw(0, 20);
@@ -246,32 +274,68 @@ TEST(UnevenRows, HaveOneEndOnTheBand) {
     slice.band.lo = round % 3 == 0 ? -kUnbounded : draw(-30, 10);
     slice.band.hi =
         round % 3 == 1 ? kUnbounded : std::max<std::int64_t>(slice.band.lo, -30) + draw(0, 30);
-    std::int64_t uneven = 0;
+    std::map<std::int64_t, std::set<std::int64_t>> keys;  // of each tile
     for (std::int64_t q = slice.q.begin; q < slice.q.end; ++q) {
-      std::vector<std::int64_t> kept;
       for (std::int64_t k = slice.k.begin; k < slice.k.end; ++k) {
-        if (slice.keeps(q, k)) kept.push_back(k);
+        if (slice.keeps(q, k)) keys[q / tile_rows].insert(k);
       }
-      if (kept.empty()) continue;
-      const bool cut_first = kept.front() > slice.k.begin;
-      const bool cut_last = kept.back() < slice.k.end - 1;
-      uneven += cut_first != cut_last ? 1 : 0;
     }
-    EXPECT_EQ(uneven_rows(slice), uneven);
+    TileWork expected;
+    for (const auto& [tile, seen] : keys) {
+      const auto count = *seen.rbegin() - *seen.begin() + 1;
+      ++expected.tiles;
+      expected.pairs += (count + tile_rows - 1) / tile_rows * tile_rows * tile_rows;
+    }
+    const TileWork work = tile_work(slice, tile_rows);
+    EXPECT_EQ(work.tiles, expected.tiles);
+    EXPECT_EQ(work.pairs, tile_rows == 1 ? slice.area() : expected.pairs);
   }
 }
 
-TEST(Simulate, ChargesUnevenRows) {
+TEST(Simulate, ChargesWholeTiles) {
   const AttentionSizes sizes;
   Rates rates;
-  const auto seconds = [&](const AttentionMask& mask) {
-    return simulate(request_of(mask, 100, 1), sizes, rates, Pass::forward).seconds;
+  rates.call_seconds = 0.0;
+  const auto seconds = [&](const AttentionMask& mask, Pass pass) {
+    return simulate(request_of(mask, 100, 1), sizes, rates, pass).seconds;
   };
-  const double whole = seconds({});
-  const double half = seconds(causal_mask());
-  rates.forward_uneven_seconds = 1e-3;
-  EXPECT_DOUBLE_EQ(seconds({}), whole);
-  EXPECT_NEAR(seconds(causal_mask()), half + 16 * 99 * 1e-3, 1e-9);  // the last row sees all keys
+  const double whole = seconds({}, Pass::forward);
+  rates.tile_rows = 10;
+  EXPECT_DOUBLE_EQ(seconds({}, Pass::forward), whole);
+  EXPECT_NEAR(seconds(causal_mask(), Pass::forward), 0.55 * whole, 1e-9 * whole);
+  rates.forward_tile_seconds = 1e-3;
+  EXPECT_NEAR(seconds({}, Pass::forward), whole + 16 * 10 * 1e-3, 1e-9);
+  const double backward = seconds({}, Pass::backward);
+  rates.backward_tile_seconds = 1e-3;
+  EXPECT_NEAR(seconds({}, Pass::backward), backward + 16 * 10 * 1e-3, 1e-9);
+}
+
+TEST(Simulate, CallsAKernelOnceWhereOneLaunchServesAllStages) {
+  auto request = request_of({}, 1024, 4);
+  request->stage_rows = 0;
+  Rates rates;
+  rates.latency_seconds = 0.0;
+  rates.node_ranks = 4;
+  rates.node_bandwidth = rates.copy_bandwidth = 1e30;
+  const auto calls = [&](bool one_launch) {
+    rates.one_launch = one_launch;
+    rates.call_seconds = 0.0;
+    const double without = simulate(request, {}, rates, Pass::forward).seconds;
+    rates.call_seconds = 1.0;
+    return simulate(request, {}, rates, Pass::forward).seconds - without;
+  };
+  EXPECT_NEAR(calls(false), 4.0, 1e-6);
+  EXPECT_NEAR(calls(true), 1.0, 1e-6);
+}
+
+// Rows that a window needs of a neighbour cost no more in stages of their own than gathered, and
+// gathering takes a kernel call for each KV head.
+TEST(ChooseScheme, TakesARingForWindowsOnDevices) {
+  const std::int64_t seq = 131072;
+  auto request = request_of(window_mask(4096), seq, 2);
+  request->q_heads = 64;
+  const auto chosen = choose_scheme(*request, {}, default_rates(Device::cuda), true);
+  EXPECT_EQ(name(chosen->scheme), "ring");
 }
 
 }  // namespace
