@@ -248,14 +248,21 @@ void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchan
   cudaStream_t stream = push_stream_.get();
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
-  for (const Send& send : sends) {
-    const auto size = static_cast<std::size_t>(send.bytes);
-    if (carrier() == Carrier::copy_engine) {
-      ANNULUS_CHECK_CUDA(cudaMemcpyAsync(data, send.data, size, cudaMemcpyDeviceToDevice, stream));
-    } else {
-      cuda::copy_by_engine(data, send.data, size, stream);
+  for (std::size_t i = 0; i < sends.size();) {
+    const auto* const from = static_cast<const std::byte*>(sends[i].data);
+    std::int64_t piece = sends[i].bytes;
+    for (++i; i < sends.size() && sends[i].same_allocation && sends[i].data == from + piece &&
+              piece % kAlignment == 0;
+         ++i) {
+      piece += sends[i].bytes;
     }
-    data += aligned(send.bytes);
+    const auto size = static_cast<std::size_t>(piece);
+    if (carrier() == Carrier::copy_engine) {
+      ANNULUS_CHECK_CUDA(cudaMemcpyAsync(data, from, size, cudaMemcpyDeviceToDevice, stream));
+    } else {
+      cuda::copy_by_engine(data, from, size, stream);
+    }
+    data += aligned(piece);
   }
   outbox_.lend(slot, stream);
   exchange.announce(*host_, slot, bytes);

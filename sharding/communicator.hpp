@@ -17,6 +17,9 @@ struct Send {
   int peer = 0;
   const void* data = nullptr;
   std::int64_t bytes = 0;
+  /// In the allocation of the message before it to that peer: where it also follows it there, both
+  /// may move at once.
+  bool same_allocation = false;
 };
 
 struct Receive {

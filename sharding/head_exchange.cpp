@@ -1,5 +1,7 @@
 #include "sharding/head_exchange.hpp"
 
+#include <utility>
+
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 
@@ -8,8 +10,13 @@ namespace {
 
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
-std::int64_t bytes_of(const TensorView& view) {
+std::int64_t bytes_of(const ConstTensorView& view) {
   return view.shape.elements() * size_bytes(view.dtype);
+}
+
+std::int64_t aligned(std::int64_t bytes) {
+  constexpr std::int64_t kAlignment = 256;
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
 // Contiguous [batch, rows, heads, dim] at `offset` elements into a buffer.
@@ -65,8 +72,6 @@ TensorView HeadExchange::Bundle::to_heads(Rows rows, const ConstTensorView& loca
   memory_.emplace_back(
       local.device, batch * group * own.size() * local.shape[3] * size_bytes(local.dtype), stream);
   const TensorView result = view_at(memory_.back(), 0, local, group, own.size());
-  packed_.emplace_back(local.device, bytes_of_others(local, heads_of, self), stream);
-  std::int64_t next = 0;
   for (int peer = 0; peer < exchange.heads_.size(); ++peer) {
     for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(peer))) {
       const TensorView place = result.slice(1, exchange.group_rows(rows, run));
@@ -80,18 +85,36 @@ TensorView HeadExchange::Bundle::to_heads(Rows rows, const ConstTensorView& loca
       }
     }
     if (peer == self) continue;
-    const Span theirs = heads_of[index(peer)];
-    const TensorView packed = view_at(packed_.back(), next, local, local.shape[1], theirs.size());
-    copy(local.slice(2, theirs), packed, stream);
-    next += packed.shape.elements();
-    for (const RowRun& run : exchange.rank_layout(rows).runs(exchange.rank_of(self))) {
-      for (std::int64_t b = 0; b < batch; ++b) {
-        const TensorView part = batch_row(packed, b).slice(1, run.rows());
-        sends_.push_back({peer, part.data, bytes_of(part)});
+    packs_[peer].push_back({rows, local.slice(2, heads_of[index(peer)])});
+  }
+  return result;
+}
+
+// All that goes to a peer lies in one piece.
+void HeadExchange::Bundle::pack() {
+  const Stream stream = exchange_->stream_;
+  std::int64_t bytes = 0;
+  for (const auto& [peer, packs] : packs_) {
+    for (const Pack& pack : packs) bytes += aligned(bytes_of(pack.from));
+  }
+  packed_ = Buffer(exchange_->heads_.device(), bytes, stream);
+  auto* next = static_cast<std::byte*>(packed_.data());
+  for (const auto& [peer, packs] : packs_) {
+    bool first = true;
+    for (const auto& [rows, from] : packs) {
+      const TensorView packed(next, from.dtype, from.shape, from.device);
+      next += aligned(bytes_of(from));
+      copy(from, packed, stream);
+      const int self = exchange_->rank_of(exchange_->plan_.head_rank());
+      for (const RowRun& run : exchange_->rank_layout(rows).runs(self)) {
+        for (std::int64_t b = 0; b < from.shape[0]; ++b) {
+          const TensorView part = batch_row(packed, b).slice(1, run.rows());
+          sends_.push_back({peer, part.data, bytes_of(part), !std::exchange(first, false)});
+        }
       }
     }
   }
-  return result;
+  packs_.clear();
 }
 
 void HeadExchange::Bundle::to_rows(Rows rows, const TensorView& theirs,
@@ -130,16 +153,18 @@ void HeadExchange::Bundle::to_rows(Rows rows, const TensorView& theirs,
 }
 
 void HeadExchange::Bundle::start() {
+  pack();
   const Stream stream = exchange_->stream_;
   under_way_ = exchange_->heads_.exchange(sends_, receives_, stream);
-  if (exchange_->heads_.device() == Device::cuda) {
-    // What arrives is queued now: behind what `stream` is given next it would come later.
-    const Stream side = kernels::cuda::side_stream();
-    kernels::cuda::order(stream, side);
-    under_way_->wait(side);
-  }
   for (const auto& [from, to] : stays_) copy(from, to, stream);
   stays_.clear();
+}
+
+void HeadExchange::Bundle::receive() {
+  if (under_way_ == nullptr || exchange_->heads_.device() == Device::cpu) return;
+  const Stream side = kernels::cuda::side_stream();
+  kernels::cuda::order(exchange_->stream_, side);
+  under_way_->wait(side);
 }
 
 void HeadExchange::Bundle::wait() {
@@ -147,7 +172,7 @@ void HeadExchange::Bundle::wait() {
   const Stream stream = exchange_->stream_;
   under_way_->wait(stream);
   under_way_.reset();
-  packed_.clear();
+  packed_ = Buffer();
   for (const Arrival& arrival : arrivals_) {
     if (arrival.add) {
       accumulate(arrival.from, arrival.into, stream);
@@ -159,8 +184,7 @@ void HeadExchange::Bundle::wait() {
 }
 
 std::int64_t HeadExchange::Bundle::buffer_bytes() const {
-  std::int64_t bytes = 0;
-  for (const Buffer& buffer : packed_) bytes += buffer.bytes();
+  std::int64_t bytes = packed_.bytes();
   for (const Buffer& buffer : memory_) bytes += buffer.bytes();
   return bytes;
 }

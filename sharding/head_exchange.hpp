@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -31,11 +32,18 @@ class HeadExchange {
                  const TensorView& local, bool add);
 
     void start();
+    /// On a device queues what arrives as soon as it is announced, so that it does not wait for
+    /// what the stream is given next.
+    void receive();
     /// Returns when it is done; then all views are complete.
     void wait();
     std::int64_t buffer_bytes() const;
 
    private:
+    struct Pack {
+      Rows rows;
+      ConstTensorView from;
+    };
     struct Stay {
       ConstTensorView from;
       TensorView to;
@@ -46,12 +54,15 @@ class HeadExchange {
       bool add = false;
     };
 
+    void pack();
+
     HeadExchange* exchange_;
+    std::map<int, std::vector<Pack>> packs_;  // by peer
     std::vector<Send> sends_;
     std::vector<Receive> receives_;
     std::vector<Stay> stays_;  // rows of this rank for its own heads
     std::vector<Arrival> arrivals_;
-    std::vector<Buffer> packed_;  // until they have left
+    Buffer packed_;  // until it has left
     std::vector<Buffer> memory_;
     std::unique_ptr<Exchange> under_way_;
   };

@@ -116,6 +116,7 @@ class ForwardPart {
     there_.start();
   }
 
+  void receive() { there_.receive(); }
   void wait() { there_.wait(); }
 
   void compute(Communicator& groups, const AttentionPlan& plan, const ExecuteOptions& options) {
@@ -141,6 +142,7 @@ class ForwardPart {
       back_.to_rows(Rows::queries, lse_rows_.view, heads_.q, as_rows(local_.log_sum_exp), false);
     }
     back_.start();
+    back_.receive();
   }
 
   void finish() { back_.wait(); }
@@ -175,6 +177,7 @@ class BackwardPart {
     there_.start();
   }
 
+  void receive() { there_.receive(); }
   void wait() { there_.wait(); }
 
   void compute(Communicator& groups, const ExecuteOptions& options) {
@@ -221,6 +224,7 @@ class BackwardPart {
                     local_.grad_bias.transposed(1, 2), true);
     }
     back_.start();
+    back_.receive();
   }
 
   void finish() {
@@ -272,6 +276,7 @@ std::int64_t run_parts(std::size_t count, const Start& start, const Compute& com
     }
     compute(*parts[i]);
     const ScopedTimer timer(accounting.exposed_seconds());
+    if (i + 1 < count) parts[i + 1]->receive();
     parts[i]->give_back();
   }
   const ScopedTimer timer(accounting.exposed_seconds());
