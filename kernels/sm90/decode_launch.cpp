@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/check.hpp"
 #include "kernels/error.hpp"
-#include "kernels/sm90/decode_scratch.hpp"
+#include "kernels/sm90/scratch.hpp"
 #include "kernels/sm90/tensor_map.hpp"
 
 namespace annulus::kernels::sm90 {
@@ -148,6 +148,17 @@ void set_outputs(DecodeParams& params, const DecodeCall& call) {
   params.sum_strides = head_strides(call.state.row_sum, 1);
 }
 
+/// Two slots of a tile's rows, and two counters, for each thread block.
+void set_scratch(DecodeParams& params, cudaStream_t stream, int blocks, int value_dim) {
+  const std::int64_t rows = std::int64_t{2} * blocks * kTileRows;
+  const std::int64_t statistics_bytes = rows * std::int64_t{sizeof(float2)};
+  const Scratch memory = scratch(stream, 2 * blocks,
+                                 statistics_bytes + rows * value_dim * std::int64_t{sizeof(float)});
+  params.arrivals = memory.arrivals;
+  params.partial_statistics = reinterpret_cast<float2*>(memory.data);
+  params.partial_o = reinterpret_cast<float*>(memory.data + statistics_bytes);
+}
+
 int multiprocessors() {
   int device = 0;
   int count = 0;
@@ -174,10 +185,7 @@ void launch_decode(const DecodeCall& call, const DecodeVariant& variant) {
   set_scale(params, problem);
   set_outputs(params, call);
   const int blocks = params.groups.value * params.lanes.value;
-  const DecodeScratch scratch = decode_scratch(stream, blocks, kTileRows, variant.value_dim);
-  params.partial_o = scratch.partial_o;
-  params.partial_statistics = scratch.partial_statistics;
-  params.arrivals = scratch.arrivals;
+  set_scratch(params, stream, blocks, variant.value_dim);
   variant.launch(params, blocks, stream);
 }
 

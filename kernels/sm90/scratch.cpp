@@ -1,4 +1,4 @@
-#include "kernels/sm90/decode_scratch.hpp"
+#include "kernels/sm90/scratch.hpp"
 
 #include <map>
 #include <mutex>
@@ -11,7 +11,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 // The counters lie first and take the same room in every launch: nothing else is written there.
-constexpr std::int64_t kCounterBytes = 4096;
+constexpr std::int64_t kCounterBytes = 16384;
 
 struct Block {
   char* data = nullptr;
@@ -49,25 +49,19 @@ Block& memory_of(cudaStream_t stream, bool& captured) {
 
 }  // namespace
 
-DecodeScratch decode_scratch(cudaStream_t stream, int blocks, int rows, int value_dim) {
-  const std::int64_t all_rows = std::int64_t{2} * blocks * rows;
+Scratch scratch(cudaStream_t stream, int arrivals, std::int64_t bytes) {
   static std::mutex mutex;
   const std::scoped_lock lock(mutex);
-  constexpr std::int64_t kMostBlocks = kCounterBytes / (2 * std::int64_t{sizeof(unsigned)});
-  require(blocks <= kMostBlocks, ExitCode::internal,
-          "sm90 decode: {} thread blocks; accepted: at most {}", blocks, kMostBlocks);
-  const std::int64_t statistics_bytes = all_rows * std::int64_t{sizeof(float2)};
-  const std::int64_t bytes =
-      kCounterBytes + statistics_bytes + all_rows * value_dim * std::int64_t{sizeof(float)};
+  require(arrivals * std::int64_t{sizeof(unsigned)} <= kCounterBytes, ExitCode::internal,
+          "sm90: {} counters of arrivals; accepted: at most {}", arrivals,
+          kCounterBytes / std::int64_t{sizeof(unsigned)});
   bool captured = false;
   Block& memory = memory_of(stream, captured);
-  if (memory.bytes < bytes) {
+  if (memory.bytes < kCounterBytes + bytes) {
     // Launches recorded earlier in the capture keep pointing to what they got.
-    memory = grown(captured ? Block{} : memory, bytes);
+    memory = grown(captured ? Block{} : memory, kCounterBytes + bytes);
   }
-  char* const statistics = memory.data + kCounterBytes;
-  return {reinterpret_cast<float*>(statistics + statistics_bytes),
-          reinterpret_cast<float2*>(statistics), reinterpret_cast<unsigned*>(memory.data)};
+  return {reinterpret_cast<unsigned*>(memory.data), memory.data + kCounterBytes};
 }
 
 }  // namespace annulus::kernels::sm90
