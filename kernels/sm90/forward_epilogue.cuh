@@ -204,10 +204,75 @@ __device__ inline void finish_plain(const ForwardParams& params, const OutputRow
   }
 }
 
+/// Leaves a warp's part of a piece of a tile behind. The last of the tile's pieces gets them all,
+/// in their own order, so that the sum does not depend on which is last; for the others it is over.
+template <int kCount>
+__device__ inline bool merge_pieces(const ForwardParams& params, int piece, int warpgroup,
+                                    float (&o)[kCount], RowStatistics& rows) {
+  constexpr int kVectors = 1 + kCount / 4;
+  const int warp = warpgroup * 4 + static_cast<int>(threadIdx.x % 128 / 32);
+  const int warps = static_cast<int>(blockDim.x / 32) - 4;
+  const int tile = piece / params.pieces;
+  const int stride = warps * kVectors * 32;
+  float4* const first = params.partials + std::int64_t{tile} * params.pieces * stride +
+                        warp * kVectors * 32 + static_cast<int>(threadIdx.x % 32);
+  float4* const own = first + piece % params.pieces * stride;
+  own[0] = make_float4(rows.max[0], rows.max[1], rows.sum[0], rows.sum[1]);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    own[32 + i * 8] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
+  }
+  __threadfence();
+  __syncwarp();
+  int arrived = 0;
+  if (threadIdx.x % 32 == 0) {
+    unsigned* const arrivals = params.arrivals + tile * warps + warp;
+    arrived = static_cast<int>(atomicAdd(arrivals, 1U)) + 1;
+    if (arrived == params.pieces) *arrivals = 0;
+  }
+  if (__shfl_sync(0xffffffffU, arrived, 0) != params.pieces) return false;
+  __threadfence();
+
+  rows = {};
+  for (int i = 0; i < params.pieces; ++i) {
+    const float4 part = __ldcg(first + i * stride);
+    rows.max[0] = fmaxf(rows.max[0], part.x);
+    rows.max[1] = fmaxf(rows.max[1], part.y);
+  }
+#pragma unroll
+  for (float& x : o) x = 0.0F;
+  for (int i = 0; i < params.pieces; ++i) {
+    const float4 part = __ldcg(first + i * stride);
+    const float max[2] = {part.x, part.y};
+    float factor[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      factor[row] =
+          max[row] == -INFINITY ? 0.0F : exp2_approx((max[row] - rows.max[row]) * params.exp_scale);
+    }
+    rows.sum[0] += part.z * factor[0];
+    rows.sum[1] += part.w * factor[1];
+#pragma unroll
+    for (int at = 0; at < kCount; at += 4) {
+      const float4 x = __ldcg(first + i * stride + 32 + at * 8);
+      if (factor[0] > 0.0F) {  // without keys a piece may hold 0·NaN
+        o[at] += x.x * factor[0];
+        o[at + 1] += x.y * factor[0];
+      }
+      if (factor[1] > 0.0F) {
+        o[at + 2] += x.z * factor[1];
+        o[at + 3] += x.w * factor[1];
+      }
+    }
+  }
+  return true;
+}
+
 template <typename Element, int kCount>
 __device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
-                                   float (&o)[kCount], const RowStatistics& rows) {
+                                   float (&o)[kCount], RowStatistics rows) {
   const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+  if (tile.piece != 0 && !merge_pieces(params, tile.piece - 1, warpgroup, o, rows)) return;
   if (params.plain) {
     const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
                              output_row(params, tile, warpgroup, local_row + 8)};

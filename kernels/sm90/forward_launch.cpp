@@ -6,6 +6,7 @@
 #include "kernels/cuda/check.hpp"
 #include "kernels/error.hpp"
 #include "kernels/sm90/forward_work.hpp"
+#include "kernels/sm90/scratch.hpp"
 #include "kernels/sm90/tensor_map.hpp"
 #include "kernels/sm90/ticket_counter.hpp"
 #include "kernels/sm90/work_tables.hpp"
@@ -139,6 +140,21 @@ void set_tickets(ForwardParams& params, const ForwardWork& work, const Attention
   params.last_tile_first = work.last_tile_first;
 }
 
+void set_pieces(ForwardParams& params, const TailCut& cut, std::int32_t warps,
+                std::int32_t value_dim, cudaStream_t stream) {
+  const std::int32_t cut_tiles = params.tickets - cut.whole;
+  params.first_piece = cut.whole;
+  params.pieces = cut.pieces;
+  params.tickets = cut.whole + cut_tiles * cut.pieces;
+  if (cut_tiles == 0) return;
+  const std::int64_t lane_bytes =  // a lane holds two rows' statistics and a quarter of their O
+      (4 + value_dim / 2) * std::int64_t{sizeof(float)};
+  const Scratch memory =
+      scratch(stream, cut_tiles * warps, lane_bytes * 32 * warps * cut_tiles * cut.pieces);
+  params.partials = reinterpret_cast<float4*>(memory.data);
+  params.arrivals = memory.arrivals;
+}
+
 /// By the pairs that the tiles compute, kept or not.
 const ForwardVariant& choose_variant(const AttentionProblem& problem,
                                      std::span<const ForwardSegment> segments,
@@ -188,8 +204,10 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   for (const ForwardSegment& segment : segments) keys += segment.k.shape[1];
   set_tickets(params, work, problem, keys);
   params.ticket = ticket_counter(stream);
-  variant.launch(params, problem.soft_cap > 0.0F, std::min(multiprocessors(), params.tickets),
-                 stream);
+  const int processors = multiprocessors();
+  set_pieces(params, cut_tail(params.tickets, work.equal_keys / variant.block, processors),
+             variant.warpgroups * 4, narrow(problem.value_dim()), stream);
+  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
 }
 
 }  // namespace annulus::kernels::sm90

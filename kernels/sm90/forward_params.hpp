@@ -57,6 +57,12 @@ struct ForwardParams {
   std::int32_t inline_slices;
   bool last_tile_first;  // order of tiles when there is no table
 
+  // From this ticket on a tile's keys are dealt to so many tickets in a row; the last of them to
+  // be done merges what each has left in `partials`.
+  std::int32_t first_piece, pieces;
+  float4* partials;    // [piece][warp][statistics, then O by fours][lane]
+  unsigned* arrivals;  // of a tile's warps; 0 before and after each launch
+
   // A warpgroup's 64 rows are queries × pack heads, heads innermost.
   std::int32_t pack, warpgroup_queries, packs, seq_q;
   std::int32_t group_size, q_head_offset;

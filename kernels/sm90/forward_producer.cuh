@@ -43,6 +43,7 @@ class ForwardProducer {
 
   __device__ void load_tile(const TileWork& work) {
     int remaining = work.blocks;
+    int skip = work.skip;
     if (remaining <= kClaimAhead) release_work();
     if (!queries_ahead_) load_queries(work);
     queries_ahead_ = false;
@@ -55,13 +56,17 @@ class ForwardProducer {
       const TileSlice s = tile_slice(params_, i);
       const int2 keys = keys_of(work, s);
       if (keys.x >= keys.y) continue;
+      const int last = (keys.y - keys.x - 1) / Tile::kBlock - skip;
+      skip = max(-1 - last, 0);
+      if (last < 0) continue;
       await_segment(s.segment);
-      for (int k = keys.x + (keys.y - keys.x - 1) / Tile::kBlock * Tile::kBlock; k >= keys.x;
-           k -= Tile::kBlock) {
+      const int end = keys.x + max(last - remaining, -1) * Tile::kBlock;
+      for (int k = keys.x + last * Tile::kBlock; k > end; k -= Tile::kBlock) {
         load_block(work, s, k, --remaining == 0 ? kLastOfTile : 0);
         if (remaining == kClaimAhead) release_work();
         if (remaining < kClaimAhead) load_queries_ahead();
       }
+      if (remaining == 0) return;
     }
   }
 
@@ -101,7 +106,7 @@ class ForwardProducer {
     const int buffer = q_ring_.index;
     mbarrier_wait(&shared_.q_empty[buffer], q_ring_.parity ^ 1);
     shared_.tiles[tile_ % kTileNotes] =
-        TileNote{work.q_begin, work.pack_index * params_.pack, work.batch, 0};
+        TileNote{work.q_begin, work.pack_index * params_.pack, work.batch, work.piece};
     const int box_rows = params_.pack * params_.warpgroup_queries;
     mbarrier_arrive_expect(&shared_.q_full[buffer], Tile::kWarpgroups * box_rows * Tile::kHeadDim *
                                                         static_cast<int>(sizeof(Element)));

@@ -45,7 +45,9 @@ class ForwardScheduler {
     work.ticket = ticket;
     work.blocks = 0;
     if (ticket >= params_.tickets) return work;
-    const int2 at = entry_and_unit(ticket);
+    const int piece = ticket - params_.first_piece;
+    const int2 at =
+        entry_and_unit(piece < 0 ? ticket : params_.first_piece + piece / params_.pieces);
     const int entry = at.x;
     const int unit = at.y;
 
@@ -68,7 +70,17 @@ class ForwardScheduler {
     work.q_last = min(work.q_begin + kWarpgroups * params_.warpgroup_queries, params_.seq_q) - 1;
     work.kv_head = (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
     work.blocks = count_blocks(work);
+    work.skip = 0;
+    work.piece = 0;
+    if (piece >= 0) take_piece(work, piece);
     return work;
+  }
+
+  __device__ void take_piece(TileWork& work, int piece) const {
+    const int of_tile = piece % params_.pieces;
+    work.skip = work.blocks * of_tile / params_.pieces;
+    work.blocks = work.blocks * (of_tile + 1) / params_.pieces - work.skip;
+    work.piece = 1 + piece;
   }
 
   __device__ int2 entry_and_unit(int ticket) const {

@@ -57,10 +57,12 @@ struct alignas(16) TileWork {
   std::int32_t q_begin, q_last, batch, pack_index, kv_head;
   std::int32_t slice_begin, slice_end;
   std::int32_t ticket, blocks;
+  std::int32_t skip;   // blocks before the first
+  std::int32_t piece;  // 0: the tile is whole; or 1 + the number of the piece
 };
 
 struct TileNote {
-  std::int32_t q_begin, unit_head, batch, reserved;
+  std::int32_t q_begin, unit_head, batch, piece;
 };
 
 /// A tile's note is read until its rows are written, one tile after its Q buffer was released.

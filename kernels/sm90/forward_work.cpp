@@ -87,6 +87,15 @@ std::int32_t count_short(std::int32_t entries, const KeysOf& keys_of) {
   return count;
 }
 
+/// What all entries read, or 0 where they differ.
+template <typename KeysOf>
+std::int64_t equal_keys(std::int32_t entries, const KeysOf& keys_of) {
+  for (std::int32_t i = 1; i < entries; ++i) {
+    if (keys_of(i) != keys_of(0)) return 0;
+  }
+  return entries == 0 ? 0 : keys_of(0);
+}
+
 /// A stable order by keys read, so that the last tiles to start are the shortest (Graham, 1969).
 void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile_queries) {
   std::vector<std::int64_t> keys;
@@ -126,6 +135,31 @@ double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t bat
   return static_cast<double>(blocks) * block * tile_queries;
 }
 
+TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors) {
+  // In blocks of keys: the ends of a tile; what a piece leaves behind; what each of them costs the
+  // one that merges.
+  constexpr double kEnds = 1.5, kPiece = 4.0, kMerge = 0.5;
+  constexpr std::int32_t kMostPieces = 8;
+  constexpr double kWorthwhile = 0.99;
+  const std::int32_t last = tiles % multiprocessors;
+  const double whole_blocks =
+      static_cast<double>(tiles / multiprocessors) * (static_cast<double>(blocks) + kEnds);
+  const auto cost = [&](std::int32_t pieces) {
+    const std::int32_t turns = (last * pieces + multiprocessors - 1) / multiprocessors;
+    const std::int64_t longest = (blocks + pieces - 1) / pieces;
+    const double merging = pieces == 1 ? 0.0 : kPiece + kMerge * pieces;
+    return whole_blocks + turns * (static_cast<double>(longest) + kEnds + merging);
+  };
+  TailCut cut{tiles, 1};
+  double best = cost(1) * kWorthwhile;
+  for (std::int32_t pieces = 2; pieces <= kMostPieces; ++pieces) {
+    if (cost(pieces) >= best) continue;
+    best = cost(pieces);
+    cut = {tiles - last, pieces};
+  }
+  return cut;
+}
+
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
                          std::int64_t seq_q, std::int32_t tile_queries) {
   ForwardWork work;
@@ -138,11 +172,13 @@ ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t 
     const std::int64_t last = std::int64_t{work.tiles - 1} * tile_queries;
     work.last_tile_first =
         keys_read(shared, {last, last + tile_queries}) >= keys_read(shared, {0, tile_queries});
-    work.short_entries = count_short(work.tiles, [&](std::int32_t i) {
+    const auto keys_of = [&](std::int32_t i) {
       const std::int64_t q_begin =
           std::int64_t{work.last_tile_first ? work.tiles - 1 - i : i} * tile_queries;
       return keys_read(shared, {q_begin, std::min(q_begin + tile_queries, seq_q)});
-    });
+    };
+    work.short_entries = count_short(work.tiles, keys_of);
+    work.equal_keys = equal_keys(work.tiles, keys_of);
     return work;
   }
   for (std::int32_t b = 0; b < (work.per_batch ? batch : 1); ++b) {

@@ -15,11 +15,21 @@ struct ForwardWork {
   bool last_tile_first = false;
   std::int32_t short_entries = 0;  // at the end of the order
   bool per_batch = false;          // entries name their batch row
+  std::int64_t equal_keys = 0;     // what each tile reads; 0: not all the same
 
   std::int32_t rows() const {
     return entries.empty() ? tiles : static_cast<std::int32_t>(entries.size());
   }
 };
+
+/// How the last tiles of a launch are cut so that its thread blocks end together.
+struct TailCut {
+  std::int32_t whole = 0;   // tiles before those that are cut
+  std::int32_t pieces = 1;  // of each tile after them
+};
+
+/// For `tiles` tiles of `blocks` blocks of keys each.
+TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors);
 
 /// Query-key pairs that tiles of this shape compute, in whole blocks of keys.
 double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t batch,

@@ -285,10 +285,29 @@ TEST_F(Sm90, KeysOfNanShowInTheRowsThatSeeThem) {
   }
 }
 
-TEST_F(Sm90, RepeatsBitForBit) {
+// Few tiles over many keys: each is cut, and the last of its pieces to be done merges them.
+TEST_F(Sm90, PiecesOfTilesGiveWholeRows) {
+  std::mt19937 random(10);
+  for (const std::int64_t dim : {64, 96, 128, 192, 256}) {
+    for (const std::int64_t heads : {1, 2}) {
+      for (const bool ring : {false, true}) {
+        SCOPED_TRACE(testing::Message() << "dim " << dim << " heads " << heads << " ring " << ring);
+        Case c{1, 130, 3000, heads, 1, dim, dim, DType::bf16};
+        c.sinks = c.ring = ring;
+        c.segments = ring ? 2 : 1;
+        c.wide_output = heads == 1;
+        const Problem problem(c, {{{0, 130}, {0, 3000}, {}}}, random);
+        run(problem, c);
+        problem.expect_close();
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+void expect_repeats(const Case& c, const std::vector<Slice>& slices) {
   std::mt19937 random(5);
-  const Case c{2, 700, 700, 8, 2, 128, 128, DType::bf16};
-  const Problem problem(c, {{{0, 700}, {0, 700}, {-kUnbounded, 0}}}, random);
+  const Problem problem(c, slices, random);
   run(problem, c);
   const std::vector<float> first = problem.o.fetched();
   for (int i = 0; i < 1000; ++i) {
@@ -296,6 +315,15 @@ TEST_F(Sm90, RepeatsBitForBit) {
     run(problem, c);
     ASSERT_EQ(problem.o.fetched(), first) << "repeat " << i;
   }
+}
+
+TEST_F(Sm90, RepeatsBitForBit) {
+  expect_repeats({2, 700, 700, 8, 2, 128, 128, DType::bf16},
+                 {{{0, 700}, {0, 700}, {-kUnbounded, 0}}});
+}
+
+TEST_F(Sm90, MergesPiecesBitForBit) {
+  expect_repeats({1, 400, 6000, 4, 4, 128, 128, DType::bf16}, {{{0, 400}, {0, 6000}, {}}});
 }
 
 TEST_F(Sm90, NamesWhatItDoesNotSupport) {

@@ -61,6 +61,31 @@ TEST(ForwardWork, CountsTheShortTiles) {
   EXPECT_EQ(count(documents, 10240), 20);
 }
 
+TEST(ForwardWork, CutsTheTailWhereThatPays) {
+  // 16 heads of 16k tokens: 10.4 waves of tiles, 128 blocks each.
+  const TailCut cut = cut_tail(16 * 86, 128, 132);
+  EXPECT_EQ(cut.whole, 10 * 132);
+  EXPECT_EQ(cut.pieces, 2);
+  EXPECT_EQ(cut_tail(10 * 132, 128, 132).whole, 10 * 132);  // no tail
+  EXPECT_EQ(cut_tail(7 * 132 + 130, 128, 132).whole, 7 * 132 + 130);
+  EXPECT_EQ(cut_tail(16 * 86, 4, 132).whole, 16 * 86);  // short tiles
+  EXPECT_EQ(cut_tail(3, 128, 132).whole, 0);
+  EXPECT_EQ(cut_tail(3, 128, 132).pieces, 8);
+  EXPECT_EQ(cut_tail(16 * 86, 0, 132).whole, 16 * 86);  // tiles of unequal lengths
+}
+
+TEST(ForwardWork, KnowsWhetherTilesReadEquallyManyKeys) {
+  const auto keys = [](const Slice& slice) {
+    const std::vector<Slice> slices{slice};
+    const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 900)};
+    return plan_forward(segments, 1, 1000, 192).equal_keys;
+  };
+  EXPECT_EQ(keys({{0, 1000}, {0, 900}, {}}), 900);
+  EXPECT_EQ(keys({{0, 1000}, {100, 800}, {}}), 700);
+  EXPECT_EQ(keys({{0, 1000}, {0, 900}, {-kUnbounded, 0}}), 0);
+  EXPECT_EQ(keys({{0, 1000}, {0, 900}, {-200, 0}}), 0);
+}
+
 // Every tile appears once; its slices are those that keep a pair of its rows.
 TEST(ForwardWork, TableHoldsEveryTileWithItsSlices) {
   std::mt19937 random(11);
