@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/forward_epilogue.cuh"
+#include "kernels/sm90/forward_rescore.cuh"
 
 /// One consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time.
 ///
@@ -72,10 +73,11 @@ class ForwardConsumer {
       wgmma_wait<1>();
       pin_registers(s);
       prepare_scores(s, flags);
-      release_keys();
+      if constexpr (!Tile::kTrustsMaxima) release_keys();
       const RowStatistics done = rows;
       if (flags & kFirstOfTile) rows = {};
-      const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
+      const bool renewed = softmax(s, rows, flags, factor);
+      if constexpr (Tile::kTrustsMaxima) release_keys();
       pin_registers(s);
       release_queries(flags);
       const int next_flags = await_keys();  // early: its latency passes under P·V
@@ -97,12 +99,11 @@ class ForwardConsumer {
     end_tile(o, p, rows, first_of_tile);
   }
 
-  /// One product at a time: P takes the registers of S, which leaves room for three warpgroups and
-  /// so for tiles of 192 rows, whose keys cost a third less L2 traffic. The others fill the gaps.
+  /// P takes the registers of S, which leaves room for three warpgroups and so for tiles of 192
+  /// rows, whose keys cost a third less L2 traffic. The others fill the gaps.
   __device__ void run_serial() {
     float s[Tile::kBlock / 2];
     float o[Tile::kValueDim / 2];
-    std::uint32_t p[Tile::kBlock / 4];
     float factor[2];
     RowStatistics rows;
 
@@ -112,7 +113,7 @@ class ForwardConsumer {
       if (first) {
         mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
         rows = {};
-        if constexpr (Tile::kPassesOver) flags = pass_over_unseen(flags);
+        if constexpr (Tile::kPassesOver) flags = pass_over_unseen(flags) | kFirstOfTile;
       }
       await_turn();
       wgmma_fence();
@@ -121,22 +122,15 @@ class ForwardConsumer {
       wgmma_wait<0>();
       pin_registers(s);
       prepare_scores(s, flags);
-      release_keys();
-      const bool renewed = softmax_step(s, rows, params_.exp_scale, headroom_, factor);
-      if (renewed && !first) [[unlikely]]
+      const bool look = must_look(flags);
+      if (look && look_at_maxima(s, rows, factor) && !first) [[unlikely]]
         scale_rows(o, factor);
-      pack_probabilities<Element>(s, p);
+      add_part<0>(s, o, rows, look, first);
+      release_keys();
       release_queries(flags);
-
-      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
-      if (cut_) [[unlikely]]
-        clear_values_after_end();
-      wgmma_fence();
-      issue_values(o, p, !first);
       const int next_flags = await_keys();
       wgmma_wait<0>();
       pin_registers(o);
-      pin_registers(p);
       release_values();
       if (flags & kLastOfTile) [[unlikely]] {
         finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
@@ -145,6 +139,84 @@ class ForwardConsumer {
       }
       flags = next_flags;
     }
+  }
+
+  /// Once all rows of a warp have a maximum, those of blocks that are not masked are not looked at:
+  /// exponentials of larger scores are as exact until they leave the range of P's type. Their sums
+  /// show whether they did, and only then are the scores multiplied again and looked at.
+  __device__ bool must_look(int flags) const {
+    return kSoftCap || !settled_ || (flags & (kMasked | kFirstOfTile)) != 0;
+  }
+
+  /// Whether some row of the warp renewed its maximum.
+  template <int kCount>
+  __device__ bool look_at_maxima(const float (&s)[kCount], RowStatistics& rows,
+                                 float (&factor)[2]) {
+    const bool renewed = renew_maxima(s, rows, params_.exp_scale, headroom_, factor);
+    settled_ = __all_sync(0xffffffffU, rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
+    return renewed;
+  }
+
+  __device__ bool softmax(float (&s)[Tile::kBlock / 2], RowStatistics& rows, int flags,
+                          float (&factor)[2]) {
+    if constexpr (!Tile::kTrustsMaxima) {
+      return softmax_step(s, rows, params_.exp_scale, headroom_, factor);
+    }
+    float sum[2];
+    bool renewed = false;
+    if (must_look(flags)) {
+      renewed = look_at_maxima(s, rows, factor);
+      exponentials(s, rows, params_.exp_scale, sum);
+    } else {
+      exponentials(s, rows, params_.exp_scale, sum);
+      if (!__all_sync(0xffffffffU, in_range<Element>(sum))) [[unlikely]] {
+        renewed = look_again<0>(s, rows, factor);
+        exponentials(s, rows, params_.exp_scale, sum);
+      }
+    }
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    return renewed;
+  }
+
+  /// The scores with the keys from the block's key kFirst on.
+  template <int kFirst, int kCount>
+  __device__ bool look_again(float (&s)[kCount], RowStatistics& rows, float (&factor)[2]) {
+    rescore<Tile>(s, shared_.q[q_ring_.index][warpgroup_], shared_.k[k_ring_.index], kFirst);
+    return look_at_maxima(s, rows, factor);
+  }
+
+  /// Exponentials and P·V of a part of the block's keys: the tensor cores multiply one part beside
+  /// the exponentials of the next.
+  template <int kPart>
+  __device__ void add_part(float (&all)[Tile::kBlock / 2], float (&o)[Tile::kValueDim / 2],
+                           RowStatistics& rows, bool looked, bool first) {
+    constexpr int kSteps = Tile::kBlock / 16;
+    constexpr int kBegin = kSteps * kPart / Tile::kParts;
+    constexpr int kEnd = kSteps * (kPart + 1) / Tile::kParts;
+    constexpr int kScores = 8 * (kEnd - kBegin);
+    auto& s = reinterpret_cast<float(&)[kScores]>(all[8 * kBegin]);
+    float sum[2];
+    exponentials(s, rows, params_.exp_scale, sum);
+    if (!looked && !__all_sync(0xffffffffU, in_range<Element>(sum))) [[unlikely]] {
+      wgmma_wait<0>();
+      pin_registers(o);
+      float factor[2];
+      if (look_again<16 * kBegin>(s, rows, factor)) scale_rows(o, factor);
+      exponentials(s, rows, params_.exp_scale, sum);
+    }
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    std::uint32_t p[kScores / 2];
+    pack_probabilities<Element>(s, p);
+    if constexpr (kPart == 0) {
+      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      if (cut_) [[unlikely]]
+        clear_values_after_end();
+    }
+    wgmma_fence();
+    issue_values<kBegin>(o, p, kPart > 0 || !first);
+    if constexpr (kPart + 1 < Tile::kParts) add_part<kPart + 1>(all, o, rows, looked, first);
   }
 
   /// Blocks at a tile's begin, besides its last, of which none of this warpgroup's rows keeps a
@@ -187,9 +259,9 @@ class ForwardConsumer {
     wgmma_wait<0>();
     pin_registers(s);
     prepare_scores(s, flags);
-    release_keys();
     float factor[2];
-    softmax_step(s, rows, params_.exp_scale, headroom_, factor);
+    softmax(s, rows, flags, factor);
+    release_keys();
     release_queries(flags);
     pack_probabilities<Element>(s, p);
   }
@@ -223,14 +295,16 @@ class ForwardConsumer {
     wgmma_commit();
   }
 
-  __device__ void issue_values(float (&o)[Tile::kValueDim / 2],
-                               const std::uint32_t (&p)[Tile::kBlock / 4], bool accumulate) {
+  /// O += P·V for the keys of P, which begin so many sixteens into the block.
+  template <int kBegin = 0, int kCount>
+  __device__ void issue_values(float (&o)[Tile::kValueDim / 2], const std::uint32_t (&p)[kCount],
+                               bool accumulate) {
     using Layout = typename Tile::VTile;
     const std::uint64_t v = Layout::n_major(shared_.v[v_ring_.index], Tile::kBlock);
 #pragma unroll
-    for (int step = 0; step < Tile::kBlock / 16; ++step) {
+    for (int step = 0; step < kCount / 4; ++step) {
       WgmmaShape<Element, Tile::kValueDim>::registers(
-          o, &p[4 * step], v + Layout::n_major_step(step), step != 0 || accumulate);
+          o, &p[4 * step], v + Layout::n_major_step(kBegin + step), step != 0 || accumulate);
     }
     wgmma_commit();
   }
@@ -308,6 +382,7 @@ class ForwardConsumer {
   unsigned tile_ = 0;    // whose output comes next
   bool cut_ = false;
   int cut_row_ = 0;
+  bool settled_ = false;  // all rows of the warp have met a key
 };
 
 }  // namespace annulus::kernels::sm90

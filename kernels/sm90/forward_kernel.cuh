@@ -25,6 +25,21 @@ __device__ void init_barriers(SharedTile<Tile>& shared) {
   fence_barrier_init();
 }
 
+/// Rows that no query fills, where a pack of heads does not divide a warpgroup's 64: what lay there
+/// before would look like scores out of range.
+template <typename Tile>
+__device__ void clear_unused_rows(const ForwardParams& params, SharedTile<Tile>& shared) {
+  constexpr int kChunks = Tile::QkTile::kColumns * 2 / 16;
+  const int used = params.pack * params.warpgroup_queries;
+  if (used == 64) return;
+  auto* q = reinterpret_cast<uint4*>(&shared.q);
+  constexpr int kBoxes = Tile::kQueryBuffers * Tile::kWarpgroups * Tile::kQkBoxes;
+  for (int i = static_cast<int>(threadIdx.x); i < kBoxes * 64 * kChunks; i += Tile::kThreads) {
+    if (i / kChunks % 64 >= used) q[i] = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_shared();
+}
+
 template <typename Tile, bool kSoftCap>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     forward_kernel(const __grid_constant__ ForwardParams params) {
@@ -37,6 +52,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     tma_prefetch_map(&params.segments[0].v);
     init_barriers(shared);
   }
+  if constexpr (Tile::kTrustsMaxima) clear_unused_rows(params, shared);
   __syncthreads();
   if (warpgroup == 0) {
     shrink_registers<Tile::kProducerRegisters>();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/sm90/forward_tile.cuh"
 
@@ -162,11 +163,12 @@ __device__ inline void bound_maxima(const float (&s)[kCount], float (&bound)[2],
   exact = most >= 0;
 }
 
-/// Turns scores into exp2(exp_scale·(s − max)) and adds them up. Returns whether some row of the
-/// warp renewed its maximum: `factor` then holds what earlier sums must be multiplied by. With
-/// headroom that is rare after a tile's first blocks, and the multiplications of O are saved.
+/// Renews the maxima in use where the scores outgrow them by more than the headroom. Returns
+/// whether some row of the warp did: `factor` then holds what earlier sums of O must be multiplied
+/// by. With headroom that is rare after a tile's first blocks, and the multiplications of O are
+/// saved.
 template <int kCount>
-__device__ inline bool softmax_step(float (&s)[kCount], RowStatistics& rows, float exp_scale,
+__device__ inline bool renew_maxima(const float (&s)[kCount], RowStatistics& rows, float exp_scale,
                                     float headroom, float (&factor)[2]) {
   float block_max[2];
   bool exact;
@@ -184,25 +186,48 @@ __device__ inline bool softmax_step(float (&s)[kCount], RowStatistics& rows, flo
       rows.sum[row] *= factor[row];
     }
   }
+  return renewed;
+}
+
+/// Turns scores into exp2(exp_scale·(s − max)) and adds them up.
+template <int kCount>
+__device__ inline void exponentials(float (&s)[kCount], const RowStatistics& rows, float exp_scale,
+                                    float (&sum)[2]) {
   float scaled_max[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     scaled_max[row] = rows.max[row] == -INFINITY ? 0.0F : rows.max[row] * exp_scale;
   }
-  float partial[2] = {0.0F, 0.0F};
+  float even[2], odd[2];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int row = (i / 2) % 2;
     s[i] = exp2_approx(fmaf(s[i], exp_scale, -scaled_max[row]));
-    if (i % 2 == 0) {
-      rows.sum[row] += s[i];
-    } else {
-      partial[row] += s[i];
-    }
+    float& part = i % 2 == 0 ? even[row] : odd[row];
+    part = i < 4 ? s[i] : part + s[i];
   }
-  rows.sum[0] += partial[0];
-  rows.sum[1] += partial[1];
+  sum[0] = even[0] + odd[0];
+  sum[1] = even[1] + odd[1];
+}
+
+/// Both, with the sums added to the rows'.
+template <int kCount>
+__device__ inline bool softmax_step(float (&s)[kCount], RowStatistics& rows, float exp_scale,
+                                    float headroom, float (&factor)[2]) {
+  const bool renewed = renew_maxima(s, rows, exp_scale, headroom, factor);
+  float sum[2];
+  exponentials(s, rows, exp_scale, sum);
+  rows.sum[0] += sum[0];
+  rows.sum[1] += sum[1];
   return renewed;
+}
+
+/// Whether sums of a block's exponentials show that none was too large for P's type: what makes it
+/// safe not to look at the block's maxima beforehand. No number is too large.
+template <typename Element>
+__device__ inline bool in_range(const float (&sum)[2]) {
+  constexpr float kLargest = std::is_same_v<Element, __half> ? 0x1p15F : 0x1p60F;
+  return sum[0] <= kLargest && sum[1] <= kLargest;
 }
 
 /// Accumulator layout to the layout of wgmma's A operand: a re-pairing inside each thread.

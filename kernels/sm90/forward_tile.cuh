@@ -18,6 +18,11 @@ struct ForwardTile {
   static constexpr int kQueryBuffers = kQueryBuffers_;
   static constexpr bool kPingPong = kPingPong_;  // the warpgroups issue in turns
   static constexpr bool kOverlap = kOverlap_;    // softmax runs beside the block before's P·V
+  // Passes over the maxima of most blocks. Keys then are held until a block's sums are known, which
+  // costs long rows more than it saves.
+  static constexpr bool kTrustsMaxima = kHeadDim <= 128;
+  // Of a block, whose P·V one after another runs beside the next one's exponentials.
+  static constexpr int kParts = kOverlap ? 1 : 2;
   // Each warpgroup passes over the blocks at a tile's begin that it sees nothing of; where they
   // take turns, waiting for one's turn costs what this saves.
   static constexpr bool kPassesOver = !kOverlap && !kPingPong;
