@@ -1,13 +1,16 @@
 #include "runtime/mpi_communicator.hpp"
 
 #include <mpi.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -29,6 +32,33 @@ int piece_tag(std::int64_t piece, bool last) {
   return static_cast<int>(piece % kTagPeriod) * 2 + (last ? 1 : 0);
 }
 
+/// Whether the ranks of this node outnumber the cores that they may run on.
+bool ranks_outnumber_cores(MPI_Comm all) {
+  MPI_Comm node = MPI_COMM_NULL;
+  ANNULUS_CHECK_MPI(MPI_Comm_split_type(all, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node));
+  int ranks = 1;
+  cpu_set_t cores;
+  CPU_ZERO(&cores);  // and so it stays where there are more than it can name
+  static_cast<void>(sched_getaffinity(0, sizeof(cores), &cores));
+  ANNULUS_CHECK_MPI(MPI_Comm_size(node, &ranks));
+  ANNULUS_CHECK_MPI(
+      MPI_Allreduce(MPI_IN_PLACE, &cores, int{sizeof(cores)}, MPI_BYTE, MPI_BOR, node));
+  ANNULUS_CHECK_MPI(MPI_Comm_free(&node));
+  return CPU_COUNT(&cores) > 0 && ranks > CPU_COUNT(&cores);
+}
+
+/// As MPI_Wait, but asleep most of the time.
+int wait_asleep(MPI_Request* request, MPI_Status* status) {
+  constexpr int kTriesAwake = 32;  // most messages between ranks at work need fewer
+  constexpr std::chrono::microseconds kNap(100);
+  for (int tries = 0;; ++tries) {
+    int complete = 0;
+    const int code = MPI_Test(request, &complete, status);
+    if (code != MPI_SUCCESS || complete != 0) return code;
+    if (tries >= kTriesAwake) std::this_thread::sleep_for(kNap);
+  }
+}
+
 /// A receive under way, and what must arrive.
 struct Expected {
   int peer = 0;
@@ -46,8 +76,10 @@ struct Digested {
 
 class MpiExchange final : public Exchange {
  public:
-  MpiExchange(OperationGroup& group, std::span<const int> peers, std::int64_t bytes)
-      : step_("exchange", group, peers, bytes) {}
+  MpiExchange(OperationGroup& group, std::span<const int> peers, std::int64_t bytes,
+              MpiOptions::Waiting waiting)
+      : step_("exchange", group, peers, bytes),
+        wait_(waiting == MpiOptions::Waiting::asleep ? wait_asleep : MPI_Wait) {}
   ~MpiExchange() override { abandon(); }
   MpiExchange(const MpiExchange&) = delete;
   MpiExchange& operator=(const MpiExchange&) = delete;
@@ -94,7 +126,7 @@ class MpiExchange final : public Exchange {
     const WaitForStep wait(step_);
     for (; done_ < requests_.size(); ++done_) {
       MPI_Status status;
-      check(MPI_Wait(&requests_[done_], &status), status);
+      check(wait_(&requests_[done_], &status), status);
       step_.moved(bytes_of(done_));
     }
     check_arrived();
@@ -161,6 +193,7 @@ class MpiExchange final : public Exchange {
   std::deque<Digested> incoming_;  // until they are checked; MPI writes the digests
   std::deque<std::uint64_t> outgoing_;
   LoggedStep step_;
+  int (*wait_)(MPI_Request*, MPI_Status*);
   std::size_t done_ = 0;  // requests before this one are complete
 };
 
@@ -229,7 +262,7 @@ std::unique_ptr<Exchange> MpiCommunicator::start(std::span<const Send> sends,
     peers.push_back(send.peer);
     total += send.bytes + static_cast<std::int64_t>(kDigestBytes);
   }
-  auto exchange = std::make_unique<MpiExchange>(group_, peers, total);
+  auto exchange = std::make_unique<MpiExchange>(group_, peers, total, options_.waiting);
   const std::int64_t chunk = options_.chunk_bytes;
   for (const Receive& receive : receives) {
     std::int64_t& piece = received_pieces_[static_cast<std::size_t>(receive.peer)];
@@ -332,7 +365,12 @@ std::unique_ptr<Communicator> make_mpi_communicator(MpiHandle handle, const MpiO
   OperationGroup group(world_ranks_of(handle));
   const WaitingStep step("communicator", group, 0);
   ANNULUS_CHECK_MPI(MPI_Comm_dup(MPI_Comm_f2c(handle.fortran), &own));
-  return std::make_unique<MpiCommunicator>(own, options);
+  MpiOptions chosen = options;
+  if (chosen.waiting == MpiOptions::Waiting::by_cores) {
+    chosen.waiting =
+        ranks_outnumber_cores(own) ? MpiOptions::Waiting::asleep : MpiOptions::Waiting::awake;
+  }
+  return std::make_unique<MpiCommunicator>(own, chosen);
 }
 
 }  // namespace annulus

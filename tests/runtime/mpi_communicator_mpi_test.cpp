@@ -4,7 +4,10 @@
 #include <mpi.h>
 
 #include <array>
+#include <chrono>
+#include <ctime>
 #include <string>
+#include <thread>
 
 #include "kernels/error.hpp"
 #include "tests/sharding/communicator_checks.hpp"
@@ -46,6 +49,33 @@ TEST(MpiCommunicator, MessagesOfManyPiecesArriveWhole) {
                         static_cast<std::int64_t>(theirs.size() * sizeof(int))};
   c->exchange({&send, 1}, {&receive, 1})->wait();
   EXPECT_EQ(theirs, message(previous, c->rank(), 1, length));
+}
+
+double cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+TEST(MpiCommunicator, WaitsAsleepWhereRanksOutnumberCores) {
+  const auto c = make_mpi_communicator({MPI_Comm_c2f(MPI_COMM_WORLD)},
+                                       {.waiting = MpiOptions::Waiting::asleep});
+  if (c->size() < 2) GTEST_SKIP() << "one rank";
+  constexpr std::chrono::milliseconds kLate(300);
+  char byte = static_cast<char>(c->rank());
+  c->barrier();
+  if (c->rank() == 1) {
+    std::this_thread::sleep_for(kLate);
+    const Send send{0, &byte, 1};
+    c->exchange({&send, 1}, {})->wait();
+  }
+  if (c->rank() == 0) {
+    const Receive receive{1, &byte, 1};
+    const double before = cpu_seconds();
+    c->exchange({}, {&receive, 1})->wait();
+    EXPECT_LT(cpu_seconds() - before, 0.1) << "of " << kLate.count() << " ms";
+    EXPECT_EQ(byte, 1);
+  }
 }
 
 /// What rank 1 says when rank 0 sends `sent` bytes, then 100, and rank 1 expects `expected`. The
