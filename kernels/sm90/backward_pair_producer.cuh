@@ -20,8 +20,8 @@ class PairScheduler {
   __device__ void run() {
     using Shared = SharedPair<Tile>;
     if (threadIdx.x % 32 != 0) return;
-    const int clusters = static_cast<int>(gridDim.x) / 2;
-    int ticket = static_cast<int>(blockIdx.x) / 2;
+    // In order, only what runs holds a ticket: who waits for a turn waits for clusters that run.
+    int ticket = Tile::kOrdered ? take_ticket() : static_cast<int>(blockIdx.x) / 2;
     std::uint32_t parity = 1;  // of the release of the slot before
     while (true) {
       const KeyItem item = key_item<Tile>(params_, ticket, Tile::kPairKeys);
@@ -41,14 +41,20 @@ class PairScheduler {
       if constexpr (Tile::kOrdered) {
         if (item.blocks > 0) mbarrier_wait(&shared_.work_empty, parity);
       }
-      const unsigned taken = atomicAdd(params_.ticket, 1U);
-      // The launch takes `tickets` tickets in all, one of them failing for each cluster.
-      if (taken == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;
-      ticket = clusters + static_cast<int>(taken);
+      ticket = take_ticket();
     }
   }
 
  private:
+  /// All tickets are taken, and one too many by each cluster.
+  __device__ int take_ticket() const {
+    const int clusters = static_cast<int>(gridDim.x) / 2;
+    const int first = Tile::kOrdered ? 0 : clusters;  // those before go by the cluster's number
+    const int taken = static_cast<int>(atomicAdd(params_.ticket, 1U));
+    if (taken == params_.tickets + clusters - first - 1) *params_.ticket = 0;
+    return first + taken;
+  }
+
   const BackwardParams& params_;
   SharedPair<Tile>& shared_;
   const PairMemory<Tile> memory_;

@@ -56,9 +56,14 @@ class PairQueries {
       kv_parity_ ^= 1;
     }
     if (params_.grad_q.data == nullptr) return;
-    if constexpr (Tile::kOrdered) await_turn(q, head, batch, turn);
+    if constexpr (Tile::kOrdered) {
+      pass_turn();
+      await_turn(turn_at(q, head, batch), turn);
+    }
     reduce(dq, q, head, batch);
-    if constexpr (Tile::kOrdered) pass_turn(q, head, batch, turn);
+    if constexpr (Tile::kOrdered) {
+      if (last) pass_turn();
+    }
   }
 
   __device__ static void multiply(float (&dq)[kCount], std::uint32_t grad_s, std::uint32_t keys,
@@ -123,9 +128,10 @@ class PairQueries {
            (q / 16 + static_cast<int>(threadIdx.x % 128 / 32)) * 2 + rank_;
   }
 
-  __device__ void await_turn(int q, int head, int batch, std::uint32_t turn) const {
+  __device__ void await_turn(std::uint32_t* counter, std::uint32_t turn) {
+    passed_ = counter;
+    next_turn_ = turn + 1;
     if (threadIdx.x % 32 == 0) {
-      const std::uint32_t* counter = turn_at(q, head, batch);
       std::uint32_t value = 0;
       do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
@@ -135,14 +141,16 @@ class PairQueries {
     __syncwarp();
   }
 
-  /// Only once the additions are complete; that the copy engine has read their source is not
-  /// enough. To have seen the completion orders them before the store (PTX ISA, async proxy).
-  __device__ void pass_turn(int q, int head, int batch, std::uint32_t turn) const {
-    if (threadIdx.x % 32 != 0) return;
-    bulk_wait<0>();
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn_at(q, head, batch)),
-                 "r"(turn + 1U)
-                 : "memory");
+  /// That of the last block, beside the next one's product where there is one. Only once the
+  /// additions are complete; that the copy engine has read their source is not enough. To have seen
+  /// the completion orders them before the store (PTX ISA, async proxy).
+  __device__ void pass_turn() {
+    if (passed_ != nullptr && threadIdx.x % 32 == 0) {
+      bulk_wait<0>();
+      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(passed_), "r"(next_turn_)
+                   : "memory");
+    }
+    passed_ = nullptr;
   }
 
   /// Keys behind the pair's last belong to others and may be NaN; their dS is 0.
@@ -168,6 +176,8 @@ class PairQueries {
   std::uint32_t kv_parity_ = 0;
   int note_ = 0;
   int piece_ = 0;
+  std::uint32_t* passed_ = nullptr;  // in order: the counter of the last block
+  std::uint32_t next_turn_ = 0;
 };
 
 }  // namespace annulus::kernels::sm90
