@@ -98,8 +98,8 @@ struct Gradients {
 void set_tensors(BackwardParams& params, const BackwardCall& call, const BackwardVariant& variant,
                  const Gradients& gradients) {
   const AttentionProblem& problem = call.problem;
-  params.q = tile_map(problem.q, variant.qk_columns, variant.queries / variant.cluster);
-  params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries / variant.cluster);
+  params.q = tile_map(problem.q, variant.qk_columns, variant.queries / variant.query_boxes);
+  params.grad_o = tile_map(call.grad_o, variant.v_columns, variant.queries / variant.query_boxes);
   params.k = tile_map(problem.k, variant.qk_columns, variant.keys / variant.cluster);
   params.v = tile_map(problem.v, variant.v_columns, variant.keys / variant.cluster);
   params.lse = static_cast<const float*>(call.log_sum_exp.data);

@@ -17,7 +17,8 @@ struct BackwardVariant {
   int grad_q_rows;  // of a box of dQ, whose columns are 32
   int key_box;      // rows of dK and dV that are written at a time
   void (*launch)(const BackwardParams& params, int clusters, cudaStream_t stream);
-  int cluster = 1;  // thread blocks that share a block of keys
+  int cluster = 1;      // thread blocks that share a block of keys
+  int query_boxes = 1;  // that a block of Q or dO has, one below the other
 };
 
 BackwardVariant backward_d64(DType dtype, bool soft_cap);

@@ -91,6 +91,7 @@ BackwardVariant pair_variant() {
   variant.grad_q_rows = 16;
   variant.key_box = 1;
   variant.cluster = 2;
+  variant.query_boxes = Tile::kQueries / Tile::kQueryRows;
   variant.launch = [](const BackwardParams& params, int clusters, cudaStream_t stream) {
     params.turns == nullptr ? launch_pairs<Tile, kSoftCap>(params, clusters, stream)
                             : launch_pairs<OrderedTile<Tile>, kSoftCap>(params, clusters, stream);

@@ -206,16 +206,22 @@ class PairProducer {
     if (++note_ == Tile::kNotes) note_ = 0;
   }
 
-  /// Half of the columns of a block of Q or dO: its first or last 32 rows, to both blocks.
+  /// Half of the columns of a block of Q or dO: half of their boxes, to both blocks of the pair.
   template <typename Layout, int kCount>
   __device__ void load_half(Element* to, const CUtensorMap* map, std::uint64_t* barrier, int half,
                             int q, int head, int batch) const {
     if (lane_ != 0) return;
-    const int row = rank_ * (Tile::kQueries / 2);
+    constexpr int kRows = Tile::kQueryRows;
+    constexpr int kBoxes = kCount / Layout::kColumns * (Tile::kQueries / kRows);
+    static_assert(kBoxes % 2 == 0);
     mbarrier_arrive_expect(barrier, kCount * Tile::kQueries * sizeof(Element));
-    for (int i = 0; i < kCount; i += Layout::kColumns) {
-      tma_load_both(to + i * Tile::kQueries + row * Layout::kColumns, map, barrier,
-                    CachePolicy::evict_last, half * kCount + i, q + row, head, batch);
+#pragma unroll 1
+    for (int i = 0; i < kBoxes / 2; ++i) {
+      const int box = rank_ * (kBoxes / 2) + i;
+      const int column = box / (Tile::kQueries / kRows) * Layout::kColumns;
+      const int row = box % (Tile::kQueries / kRows) * kRows;
+      tma_load_both(to + column * Tile::kQueries + row * Layout::kColumns, map, barrier,
+                    CachePolicy::evict_last, half * kCount + column, q + row, head, batch);
     }
   }
 

@@ -38,6 +38,9 @@ struct PairTile {
   using QkTile = SwizzledTile<kQkHalf % 64 == 0 ? 128 : 64>;
   using VTile = SwizzledTile<kVHalf % 64 == 0 ? 128 : 64>;
   using ScoreTile = SwizzledTile<128>;  // of dS
+  // Of a box of Q or dO: all where each block of the pair can load half of a half's boxes.
+  static constexpr int kQueryRows =
+      kQkHalf / QkTile::kColumns % 2 == 0 && kVHalf / VTile::kColumns % 2 == 0 ? 64 : 32;
 };
 
 template <typename Tile>
