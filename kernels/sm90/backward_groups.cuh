@@ -5,13 +5,14 @@
 
 /// One of two or three warpgroups that each keep dK and dV of 64 keys, compute all products for
 /// them and share dQ: dSᵀ comes out of the tensor cores as the A operand of dK, and goes to
-/// shared memory for dQᵀ = Kᵀ·dSᵀ over the keys of all. Of two (head_dim 128) each takes 64
-/// columns of it; of three (64) one takes it all, the next one that of the next block of queries. A
-/// warpgroup's exponentials pass under the others' products.
+/// shared memory for dQᵀ = Kᵀ·dSᵀ over the keys of all. Of three (head_dim 64) one takes it all,
+/// the next one that of the next block of queries. Of two (128) each takes 64 columns of it, one
+/// block late, so that neither waits for the other's dS, and they take turns at S: one's
+/// exponentials and dS then pass under the other's products.
 namespace annulus::kernels::sm90 {
 
-inline constexpr int kBothBarrier = 1;   // of two warpgroups
-inline constexpr int kGroupBarrier = 2;  // one a warpgroup
+inline constexpr int kGroupBarrier = 1;   // one a warpgroup
+inline constexpr int kScoresBarrier = 4;  // one a warpgroup: its turn at S
 
 template <typename Tile, bool kSoftCap>
 class BackwardGroup {
@@ -32,6 +33,7 @@ class BackwardGroup {
     KeyGradient<Tile::kHeadDim> dk;
     KeyGradient<Tile::kValueDim> dv;
     int flags = await_queries();
+    if (group_ == 1) pass_scores_turn();
     while ((flags & kNoMoreItems) == 0) {
       mbarrier_wait(&shared_.k_full[at_.kv.index], at_.kv.parity);
       clear_foreign_keys();
@@ -47,9 +49,11 @@ class BackwardGroup {
         accumulate = true;
         flags = await_queries();
       }
+      if constexpr (!Tile::kTurns) finish_query_gradient();
       finish_item(dk, dv);
       flags = await_queries();
     }
+    if (group_ == 0) await_scores_turn();
     // The end travels on to the draining warp as a note without dQ.
     if (!Tile::kTurns || turn_ == group_) {
       take_drain();
@@ -77,8 +81,8 @@ class BackwardGroup {
   __device__ std::uint32_t grad_o() const {
     return base_ + offsetof(Shared, grad_o) + at_.ring.index * sizeof(Shared::grad_o[0]);
   }
-  __device__ std::uint32_t grad_s() const {
-    return base_ + offsetof(Shared, grad_s) + at_.scores.index * sizeof(Shared::grad_s[0]);
+  __device__ std::uint32_t grad_s(int slot) const {
+    return base_ + offsetof(Shared, grad_s) + slot * sizeof(Shared::grad_s[0]);
   }
 
   __device__ std::uint32_t barrier(std::size_t first, int index) const {
@@ -94,6 +98,14 @@ class BackwardGroup {
     return uniform(threadIdx.x % 32 == 0 ? load_shared_word(flags) : 0);
   }
 
+  /// Halves: one warpgroup's S at a time.
+  __device__ void await_scores_turn() const {
+    if constexpr (!Tile::kTurns) named_barrier_sync(kScoresBarrier + group_, 256);
+  }
+  __device__ void pass_scores_turn() const {
+    if constexpr (!Tile::kTurns) named_barrier_arrive(kScoresBarrier + 1 - group_, 256);
+  }
+
   template <bool kMasked>
   __device__ void block(int flags, bool accumulate, KeyGradient<Tile::kHeadDim>& dk,
                         KeyGradient<Tile::kValueDim>& dv) {
@@ -101,25 +113,23 @@ class BackwardGroup {
     float dp[kCount];
     std::uint32_t p[kCount / 2];
     std::uint32_t ds[kCount / 2];
-    const int stage = at_.ring.index;
     if constexpr (kMasked) {
       if ((flags & kForeignRows) != 0) {
-        mbarrier_wait(&shared_.grad_o_full[stage], at_.ring.parity);
         clear_foreign_queries(shared_, at_, kGroupBarrier + group_);
       }
     }
+    await_scores_turn();
     wgmma_fence();
     issue_scores<Tile, QkTile, Tile::kHeadDim>(
         s, QkTile::k_major(keys() + group_ * 64 * QkTile::kColumns * 2),
         QkTile::k_major(queries()));
     float2 lse[kCount / 4];
-    mbarrier_wait(barrier(offsetof(Shared, rows_full), stage), at_.ring.parity);
     if constexpr (!kMasked) load_statistics(lse, offsetof(Shared, lse));
-    mbarrier_wait(barrier(offsetof(Shared, grad_o_full), stage), at_.ring.parity);
     // What is in flight must not depend on a branch: masks come first.
     if constexpr (kMasked) {
       wgmma_wait<0>();
       pin_registers(s);
+      pass_scores_turn();
       prepare_scores<kSoftCap>(shared_, params_, flags, at_, group_ * 64, s);
       wgmma_fence();
     }
@@ -128,38 +138,66 @@ class BackwardGroup {
     if constexpr (kMasked) load_statistics(lse, offsetof(Shared, lse));
     exponentials<kMasked>(s, p, lse);
     gradient<kMasked>(s, dp, p, ds);
-    if constexpr (Tile::kTurns) {
-      mbarrier_wait(barrier(offsetof(Shared, grad_s_empty), at_.scores.index),
-                    at_.scores.parity ^ 1);
-    }
-    store_gradient_rows(ds, grad_s() + group_ * Tile::kQueries * 128 + row_bytes_);
+    const int slot = at_.scores.index;
+    mbarrier_wait(barrier(offsetof(Shared, grad_s_empty), slot), at_.scores.parity ^ 1);
+    store_gradient_rows(ds, grad_s(slot) + group_ * Tile::kQueries * 128 + row_bytes_);
     wgmma_fence();
     issue_key_gradient<Tile, VTile, Tile::kValueDim>(dv, p, grad_o(), accumulate);
     fence_async_shared();
+    arrive_warp(barrier(offsetof(Shared, grad_s_full), slot));
     if constexpr (Tile::kTurns) {
-      arrive_warp(barrier(offsetof(Shared, grad_s_full), at_.scores.index));
       finish_in_turn(accumulate, p, ds, dk, dv);
     } else {
-      named_barrier_sync(kBothBarrier, 256);
       finish_half(accumulate, p, ds, dk, dv);
     }
     at_.advance();
   }
 
-  /// A half of dQ, and dK under its way out. dV is under way.
+  /// A half of the last block's dQ, and dK under its way out. dV is under way. What is in flight
+  /// must not depend on a branch: an item's first block multiplies too, but has nothing to stage.
   __device__ void finish_half(bool accumulate, std::uint32_t (&p)[kCount / 2],
                               std::uint32_t (&ds)[kCount / 2], KeyGradient<Tile::kHeadDim>& dk,
                               KeyGradient<Tile::kValueDim>& dv) {
     float dq[kCount];
-    issue_drained(dq);
-    release_grad_o(p, dv);
+    const Ring<Tile::kScoreStages> last = last_scores();
+    mbarrier_wait(barrier(offsetof(Shared, grad_s_full), last.index), last.parity);
+    issue_drained(dq, last.index);
+    await_values(p, dv);
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
-    take_drain();
+    if (accumulate) take_drain();
     wgmma_wait<1>();
     pin_registers(dq);
+    if (accumulate) send_drained(dq, last.index);
+    release_queries(ds, dk);
+  }
+
+  /// A half of dQ of an item's last block.
+  __device__ void finish_query_gradient() {
+    float dq[kCount];
+    const Ring<Tile::kScoreStages> last = last_scores();
+    mbarrier_wait(barrier(offsetof(Shared, grad_s_full), last.index), last.parity);
+    issue_drained(dq, last.index);
+    take_drain();
+    wgmma_wait<0>();
+    pin_registers(dq);
+    send_drained(dq, last.index);
+  }
+
+  /// The slot of the block before, whose phase has the parity of its own turn.
+  __device__ Ring<Tile::kScoreStages> last_scores() const {
+    Ring<Tile::kScoreStages> ring = at_.scores;
+    if (--ring.index < 0) {
+      ring.index = Tile::kScoreStages - 1;
+      ring.parity ^= 1;
+    }
+    return ring;
+  }
+
+  /// dQ, multiplied from a slot of dS, on its way.
+  __device__ void send_drained(const float (&dq)[kCount], int slot) {
+    arrive_warp(barrier(offsetof(Shared, grad_s_empty), slot));
     stage_drained(dq);
     give_drain();
-    release_queries(ds, dk);
   }
 
   /// dK, and dQ where the block of queries is this warpgroup's. dV is under way.
@@ -168,31 +206,29 @@ class BackwardGroup {
                                  KeyGradient<Tile::kValueDim>& dv) {
     wgmma_fence();
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
-    release_grad_o(p, dv);
+    await_values(p, dv);
     release_queries(ds, dk);
     if (turn_ == group_) {
       float dq[kCount];
-      mbarrier_wait(barrier(offsetof(Shared, grad_s_full), at_.scores.index), at_.scores.parity);
-      issue_drained(dq);
+      const int slot = at_.scores.index;
+      mbarrier_wait(barrier(offsetof(Shared, grad_s_full), slot), at_.scores.parity);
+      issue_drained(dq, slot);
       take_drain();
       wgmma_wait<0>();
       pin_registers(dq);
-      arrive_warp(barrier(offsetof(Shared, grad_s_empty), at_.scores.index));
-      stage_drained(dq);
-      give_drain();
+      send_drained(dq, slot);
     }
     if (++turn_ == Tile::kGroups) turn_ = 0;
   }
 
-  /// Once dV is there, the last product but one.
-  __device__ void release_grad_o(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
+  /// dV is the last product but one.
+  __device__ void await_values(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
     wgmma_wait<1>();
     pin_registers(dv);
     pin_registers(p);
-    arrive_warp(barrier(offsetof(Shared, grad_o_empty), at_.ring.index));
   }
 
-  /// Once dK is there, the last product.
+  /// Once dK is there, the last product: Q, dO and their rows.
   __device__ void release_queries(std::uint32_t (&ds)[kCount / 2],
                                   KeyGradient<Tile::kHeadDim>& dk) {
     wgmma_wait<0>();
@@ -208,6 +244,7 @@ class BackwardGroup {
     if constexpr (!kMasked) {
       wgmma_wait<1>();
       pin_registers(s);
+      pass_scores_turn();
       if constexpr (kSoftCap) cap_scores(s, params_.score_scale);
     }
 #pragma unroll
@@ -261,12 +298,12 @@ class BackwardGroup {
     return Tile::kScaledGradient ? fmaf(dp, params_.scale, -delta) : dp - delta;
   }
 
-  /// This warpgroup's 64 columns of dQᵀ.
-  __device__ void issue_drained(float (&dq)[kCount]) {
+  /// This warpgroup's 64 columns of dQᵀ, from a slot of dS.
+  __device__ void issue_drained(float (&dq)[kCount], int slot) {
     using Scores = typename Tile::ScoreTile;
     const std::uint64_t a =
         QkTile::n_major(keys() + (Tile::kTurns ? 0 : group_ * 64 * Tile::kKeys * 2), Tile::kKeys);
-    const std::uint64_t b = Scores::k_major(grad_s());
+    const std::uint64_t b = Scores::k_major(grad_s(slot));
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < Tile::kKeys / 16; ++step) {

@@ -23,7 +23,7 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
     mbarrier_init(&shared.kv_empty[i], 4 * (Tile::kWarpgroups - 1));
   }
   for (int i = 0; i < Tile::kStages; ++i) {
-    mbarrier_init(&shared.q_full[i], 1);
+    mbarrier_init(&shared.q_full[i], Tile::kDrained ? 2 : 1);
     mbarrier_init(&shared.q_empty[i], 4 * Tile::kGroups);
     mbarrier_init(&shared.grad_o_full[i], 1);
     mbarrier_init(&shared.grad_o_empty[i], 4 * Tile::kGroups);
@@ -31,7 +31,7 @@ __device__ void init_barriers(SharedBackward<Tile>& shared) {
   }
   for (int i = 0; i < Tile::kScoreStages; ++i) {
     mbarrier_init(&shared.grad_s_full[i], 4 * Tile::kGroups);
-    mbarrier_init(&shared.grad_s_empty[i], 4);
+    mbarrier_init(&shared.grad_s_empty[i], Tile::kDivision == Division::halves ? 8 : 4);
   }
   for (int i = 0; i < Tile::kNotes; ++i) mbarrier_init(&shared.note_full[i], 1);
   for (int group = 0; group < Tile::kGroups; ++group) {

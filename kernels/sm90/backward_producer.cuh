@@ -33,11 +33,15 @@ class BackwardProducer {
       shared_.notes[note_].flags = kNoMoreItems;
       mbarrier_arrive(&shared_.note_full[note_]);
       mbarrier_arrive(&shared_.q_full[ring_.index]);
+      if constexpr (Tile::kDrained) mbarrier_arrive(&shared_.q_full[ring_.index]);  // for its rows
     }
   }
 
  private:
   using Element = typename Tile::Element;
+  static constexpr unsigned kQueryBytes =
+      sizeof(SharedBackward<Tile>::q[0]) +
+      (Tile::kDrained ? sizeof(SharedBackward<Tile>::grad_o[0]) : 0);
 
   __device__ KeyItem take_work() {
     mbarrier_wait(&shared_.work_full, work_parity_);
@@ -115,20 +119,24 @@ class BackwardProducer {
       shared_.notes[note_] = note;
       if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
       mbarrier_arrive(&shared_.note_full[note_]);
-      mbarrier_arrive_expect(&shared_.q_full[stage], sizeof(shared_.q[0]));
+      mbarrier_arrive_expect(&shared_.q_full[stage], kQueryBytes);
       for (int box = 0; box < Tile::kQkBoxes; ++box) {
         tma_load(&shared_.q[stage][box * Tile::kQueries * Tile::QkTile::kColumns], &params_.q,
                  &shared_.q_full[stage], CachePolicy::evict_last, box * Tile::QkTile::kColumns, q,
                  head, item.batch);
       }
     }
-    mbarrier_wait(&shared_.grad_o_empty[stage], ring_.parity ^ 1);
+    std::uint64_t* const grad_o_full =
+        Tile::kDrained ? &shared_.q_full[stage] : &shared_.grad_o_full[stage];
+    if constexpr (!Tile::kDrained) {
+      mbarrier_wait(&shared_.grad_o_empty[stage], ring_.parity ^ 1);
+      if (lane_ == 0) mbarrier_arrive_expect(grad_o_full, sizeof(shared_.grad_o[0]));
+    }
     if (lane_ == 0) {
-      mbarrier_arrive_expect(&shared_.grad_o_full[stage], sizeof(shared_.grad_o[0]));
       for (int box = 0; box < Tile::kVBoxes; ++box) {
         tma_load(&shared_.grad_o[stage][box * Tile::kQueries * Tile::VTile::kColumns],
-                 &params_.grad_o, &shared_.grad_o_full[stage], CachePolicy::evict_last,
-                 box * Tile::VTile::kColumns, q, head, item.batch);
+                 &params_.grad_o, grad_o_full, CachePolicy::evict_last, box * Tile::VTile::kColumns,
+                 q, head, item.batch);
       }
     }
     if constexpr (!Tile::kDrained) {

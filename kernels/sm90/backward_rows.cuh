@@ -5,8 +5,8 @@
 #include "kernels/sm90/backward_tile.cuh"
 
 /// LSE and delta of the rows of each block of queries. Where a block passes in less time than their
-/// loads take (drained divisions), a warp of its own loads them, so that no copy waits behind them;
-/// else the producing warp does.
+/// loads take (drained divisions), a warp of its own loads them, so that no copy waits behind them,
+/// and they count among what a block of Q waits for; else the producing warp does.
 namespace annulus::kernels::sm90 {
 
 template <typename Tile>
@@ -22,7 +22,7 @@ class BackwardRows {
       const QueryNote& note = shared_.notes[at.index];
       if ((note.flags & kNoMoreItems) != 0) return;
       load(note);
-      mbarrier_wait(&shared_.grad_o_empty[ring.index], ring.parity ^ 1);
+      mbarrier_wait(&shared_.q_empty[ring.index], ring.parity ^ 1);
       store(ring.index);
       ring.advance();
     }
@@ -55,7 +55,9 @@ class BackwardRows {
       shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_[i] * delta_scale;
     }
     __syncwarp();
-    if (lane_ == 0) mbarrier_arrive(&shared_.rows_full[stage]);
+    if (lane_ == 0) {
+      mbarrier_arrive(Tile::kDrained ? &shared_.q_full[stage] : &shared_.rows_full[stage]);
+    }
   }
 
  private:

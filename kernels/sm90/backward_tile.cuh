@@ -29,9 +29,9 @@ struct BackwardTile {
   static constexpr int kStages = kStages_;            // of Q and dO
   static constexpr int kKvBuffers = kKvBuffers_;      // of K and V
   static constexpr int kScoreStages = kScoreStages_;  // of dS
-  // A note is kept until its dQ has left. When a block's Q is given back, dQ of the last is under
-  // way in halves; in turns it may be that of the block itself and of one for each warpgroup.
-  static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : kScoreStages);
+  // A note is kept until its dQ has left. When a block's Q is given back, its own dQ and that of
+  // the block before may be under way in halves; in turns its own and one for each warpgroup.
+  static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : 2);
   // Producer, those of dK and dV, one for dQ.
   static constexpr int kWarpgroups = 1 + kGroups + (kDrained ? 0 : 1);
   static constexpr int kThreads = kWarpgroups * 128;
@@ -113,7 +113,7 @@ struct SharedBackward {
   alignas(16) KeyItem work;
   std::uint64_t work_full, work_empty;
   std::uint64_t k_full[kBuffers], v_full[kBuffers], kv_empty[kBuffers];
-  std::uint64_t q_full[kStages], q_empty[kStages];
+  std::uint64_t q_full[kStages], q_empty[kStages];  // drained: with grad_o, lse and delta
   std::uint64_t grad_o_full[kStages], grad_o_empty[kStages];
   std::uint64_t rows_full[kStages];  // lse and delta; released with grad_o
   std::uint64_t grad_s_full[kScores], grad_s_empty[kScores];
