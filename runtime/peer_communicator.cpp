@@ -34,6 +34,20 @@ std::int64_t packed_bytes(const std::vector<Message>& messages) {
   return bytes;
 }
 
+/// Bytes of message `i` and of those after it that follow it in its allocation as they do in a
+/// slot; `i` is then behind them.
+template <typename Message>
+std::int64_t take_piece(const std::vector<Message>& messages, std::size_t& i) {
+  const auto* const begin = static_cast<const std::byte*>(messages[i].data);
+  std::int64_t bytes = messages[i].bytes;
+  for (++i; i < messages.size() && messages[i].same_allocation && bytes % kAlignment == 0 &&
+            messages[i].data == begin + bytes;
+       ++i) {
+    bytes += messages[i].bytes;
+  }
+  return bytes;
+}
+
 template <typename Message>
 std::map<int, std::vector<Message>> by_peer(const std::vector<Message>& messages) {
   std::map<int, std::vector<Message>> groups;
@@ -110,10 +124,11 @@ class PeerExchange final : public Exchange {
     const MappedSlot& slot = inbox_.open(from.peer, from.address);
     ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(pull_stream_, slot.full()));
     const std::byte* data = slot.data();
-    for (const Receive& receive : from.receives) {
-      cuda::copy_by_engine(receive.data, data, static_cast<std::size_t>(receive.bytes),
-                           pull_stream_);
-      data += aligned(receive.bytes);
+    for (std::size_t i = 0; i < from.receives.size();) {
+      void* const to = from.receives[i].data;
+      const std::int64_t piece = take_piece(from.receives, i);
+      cuda::copy_by_engine(to, data, static_cast<std::size_t>(piece), pull_stream_);
+      data += aligned(piece);
     }
     inbox_.give_back(from.peer, from.address, pull_stream_);
   }
@@ -249,13 +264,8 @@ void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchan
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
   for (std::size_t i = 0; i < sends.size();) {
-    const auto* const from = static_cast<const std::byte*>(sends[i].data);
-    std::int64_t piece = sends[i].bytes;
-    for (++i; i < sends.size() && sends[i].same_allocation && sends[i].data == from + piece &&
-              piece % kAlignment == 0;
-         ++i) {
-      piece += sends[i].bytes;
-    }
+    const void* const from = sends[i].data;
+    const std::int64_t piece = take_piece(sends, i);
     const auto size = static_cast<std::size_t>(piece);
     if (carrier() == Carrier::copy_engine) {
       ANNULUS_CHECK_CUDA(cudaMemcpyAsync(data, from, size, cudaMemcpyDeviceToDevice, stream));

@@ -26,6 +26,7 @@ struct Receive {
   int peer = 0;
   void* data = nullptr;
   std::int64_t bytes = 0;
+  bool same_allocation = false;  // as in Send
 };
 
 /// Transfers under way. The memory belongs to the transfer until wait() returns.

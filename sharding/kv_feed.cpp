@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "kernels/error.hpp"
 
@@ -193,26 +194,28 @@ void KvFeed::start(const Stage& stage) {
   std::vector<Receive> receives;
   for (const Transfer& transfer : stage.sends) {
     if (readable(transfer.peer)) continue;
-    for (const Piece& piece : transfer.pieces) {
-      for_each_batch_row(piece, batch_, [&](std::int64_t b) {
-        for (const TensorView& view : {sent_.k, sent_.v}) {
+    for (const TensorView& view : {sent_.k, sent_.v}) {
+      bool same = false;
+      for (const Piece& piece : transfer.pieces) {
+        for_each_batch_row(piece, batch_, [&](std::int64_t b) {
           const RowBytes rows = rows_of(view, b, piece.rows);
-          sends.push_back({transfer.peer, rows.data, rows.bytes});
-        }
-      });
+          sends.push_back({transfer.peer, rows.data, rows.bytes, std::exchange(same, true)});
+        });
+      }
     }
   }
   if (!in_place(stage) && stage.buffer_rows > 0) prepare_buffer(stage);
   for (const Transfer& transfer : stage.receives) {
     if (readable(transfer.peer)) continue;
-    for (const Piece& piece : transfer.pieces) {
-      const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
-      for_each_batch_row(piece, batch_, [&](std::int64_t b) {
-        for (const TensorView& view : {slot.views.k, slot.views.v}) {
+    for (const TensorView& view : {slot.views.k, slot.views.v}) {
+      bool same = false;
+      for (const Piece& piece : transfer.pieces) {
+        const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
+        for_each_batch_row(piece, batch_, [&](std::int64_t b) {
           const RowBytes rows = rows_of(view, b, held);
-          receives.push_back({transfer.peer, rows.data, rows.bytes});
-        }
-      });
+          receives.push_back({transfer.peer, rows.data, rows.bytes, std::exchange(same, true)});
+        });
+      }
     }
   }
   if (!sends.empty() || !receives.empty()) {

@@ -108,6 +108,43 @@ TEST_P(DeviceCommunicator, SplitsIntoGroups) {
   check_device_exchanges(ranks(), 2);
 }
 
+// Pieces that lie behind each other move at once where their lengths allow, on either side by
+// itself: the receiver has gaps where the sender has none.
+TEST_P(DeviceCommunicator, MovesPiecesOfOneAllocation) {
+  constexpr std::int64_t kLengths[] = {64, 640, 3, 128, 64};  // of 4 bytes; 3 ends a piece
+  constexpr std::int64_t kGap = 64;
+  std::vector<int> values(899);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<int>(i) + 1000 * ranks().rank();
+  }
+  const int next = (ranks().rank() + 1) % ranks().size();
+  const int previous = (ranks().rank() + ranks().size() - 1) % ranks().size();
+  DeviceMessage out(values), in(std::vector<int>(899 + 4 * kGap, -1));
+  std::vector<Send> sends;
+  std::vector<Receive> receives;
+  std::int64_t sent = 0;
+  std::int64_t received = 0;
+  std::vector<int> expected;
+  for (const std::int64_t length : kLengths) {
+    const bool first = sends.empty();
+    if (sends.size() % 2 == 1) {  // before the second and the fourth
+      received += kGap;
+      expected.insert(expected.end(), kGap, -1);
+    }
+    sends.push_back({next, static_cast<int*>(out.memory.data()) + sent, 4 * length, !first});
+    receives.push_back(
+        {previous, static_cast<int*>(in.memory.data()) + received, 4 * length, !first});
+    for (std::int64_t i = 0; i < length; ++i) {
+      expected.push_back(static_cast<int>(sent + i) + 1000 * previous);
+    }
+    sent += length;
+    received += length;
+  }
+  expected.resize(in.values.size(), -1);
+  ranks().exchange(sends, receives)->wait();
+  EXPECT_EQ(in.fetched(), expected);
+}
+
 TEST_P(DeviceCommunicator, CountsBytesToOthersOnly) {
   const std::int64_t before = ranks().bytes_sent();
   DeviceMessage out(std::vector<int>(1000, 3)), in(std::vector<int>(1000, -1));
