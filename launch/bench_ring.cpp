@@ -288,6 +288,11 @@ void bench_ring(Arguments arguments) {
   }
   print_rows(rows, options->plan.json);
   if (options->plan.json) return;
+  if (alone.runs()) {
+    fmt::print("each rank at {:.3f} forward and {:.3f} backward of the rate of one alone\n",
+               forward.alone_seconds / (ranks * forward.seconds),
+               backward.alone_seconds / (ranks * backward.seconds));
+  }
   print_beside_plan("forward", forward, forward_plan, static_cast<std::int64_t>(forward_buffer));
   print_beside_plan("backward", backward, backward_plan,
                     static_cast<std::int64_t>(backward_buffer));
