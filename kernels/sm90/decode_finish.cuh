@@ -220,13 +220,13 @@ __device__ inline void merge_range(const DecodeParams& p, const DecodeUnit& unit
   }
 }
 
-/// Once a piece is written: merges what this thread block is the last to have arrived for.
-/// `threads` of it take part.
-template <typename Element, int kValueDim>
+/// Once a piece is written: merges what this thread block is the last to have arrived for, which
+/// `threads` of it take part in. kInSets: whether many pieces are merged in sets.
+template <typename Element, int kValueDim, bool kInSets = true>
 __device__ inline void merge_pieces(const DecodeParams& p, const DecodeUnit& unit, int lane,
                                     int piece, std::int32_t* flag, int barrier, int thread,
                                     int threads) {
-  const bool in_sets = unit.pieces > 2 * kMergedAtOnce;
+  const bool in_sets = kInSets && unit.pieces > 2 * kMergedAtOnce;
   const int set = piece / kPieceSet;
   PieceRange range{0, unit.pieces, false};
   if (in_sets) range = {set * kPieceSet, min(kPieceSet, unit.pieces - set * kPieceSet), false};
