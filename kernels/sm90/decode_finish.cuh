@@ -83,21 +83,27 @@ __device__ inline std::int64_t partial_slot(const DecodeParams& p, const DecodeU
   return 2 * block + (piece == 0 ? 1 : 0);
 }
 
-/// __threadfence() without its sequential consistency.
-__device__ inline void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+/// atomicAdd() that releases what the thread block wrote before the barrier in front of it, and
+/// acquires what is read behind the next one.
+__device__ inline unsigned add_acq_rel(unsigned* counter, unsigned value) {
+  unsigned before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
 
 /// Whether this thread block is the last of `count` to arrive at a counter, once `threads` of it,
 /// one of them the leader, have written their parts. The counter is then back at 0 for the next
 /// launch.
 __device__ inline bool arrive_last(unsigned* counter, int count, std::int32_t* flag, int barrier,
                                    int threads, bool leader) {
-  fence_device();
   named_barrier_sync(barrier, threads);
   if (leader) {
-    const bool last = atomicAdd(counter, 1U) + 1 == static_cast<unsigned>(count);
+    const bool last = add_acq_rel(counter, 1U) + 1 == static_cast<unsigned>(count);
     if (last) *counter = 0;
     *flag = last ? 1 : 0;
-    fence_device();
   }
   named_barrier_sync(barrier, threads);
   return *flag != 0;
