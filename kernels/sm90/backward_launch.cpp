@@ -16,9 +16,8 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr std::int64_t kKeysTogether = 512;  // that go through the same queries at the same time
-constexpr std::int64_t kLongPass = 64;       // blocks of queries, beside which its end is short
-constexpr std::int64_t kTurnBlocks = 4;      // of queries pass while an addition and its turn do
+constexpr std::int64_t kLongPass = 32;   // blocks of queries, beside which its end is short
+constexpr std::int64_t kTurnBlocks = 4;  // of queries pass while an addition and its turn do
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of queries in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -183,10 +182,9 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   params.entries = work.rows();
   const std::int64_t bytes = std::max<std::int64_t>(
       problem.seq_q() * chunk * (problem.head_dim() * 6 + problem.value_dim() * 2), 1);
-  // Blocks of keys of one unit that are under way together find Q, dO and dQ in L2. Fewer keys are
-  // too few for that, and many more add to dQ at a lower rate (both measured).
-  std::int64_t section =
-      std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} / kKeysTogether);
+  const std::int64_t pass_rows = call.deterministic ? 0 : query_blocks * chunk * variant.queries;
+  std::int64_t section = std::max(
+      kSectionBytes / bytes, processors * std::int64_t{variant.keys} / keys_together(pass_rows));
   if (call.deterministic) {
     section = std::max(section, units_for_turns(query_blocks, chunk, processors));
   }

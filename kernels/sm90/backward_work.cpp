@@ -136,6 +136,12 @@ std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
   return blocks;
 }
 
+std::int64_t keys_together(std::int64_t pass_rows) {
+  constexpr std::int64_t fewest = 512;
+  constexpr std::int64_t long_pass = 20 * 1024;
+  return pass_rows <= long_pass ? fewest : pass_rows / 8;
+}
+
 bool covers_all_keys(const ForwardWork& work, std::int64_t batch, std::int64_t seq_kv,
                      std::int32_t block_keys, std::int32_t box) {
   std::int64_t covered = 0;

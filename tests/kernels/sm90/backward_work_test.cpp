@@ -183,6 +183,14 @@ TEST(BackwardWork, CountsBlocksOfQueries) {
   EXPECT_EQ(blocks_of_queries(work, 128, 80), blocks);
 }
 
+TEST(BackwardWork, KeepsMoreKeysTogetherInLongerPasses) {
+  EXPECT_EQ(keys_together(0), 512);
+  EXPECT_EQ(keys_together(16 * 1024), 512);
+  EXPECT_EQ(keys_together(32 * 1024), 4096);
+  EXPECT_EQ(keys_together(64 * 1024), 8192);
+  EXPECT_EQ(keys_together(std::int64_t{1} << 40), std::int64_t{1} << 37);
+}
+
 TEST(BackwardWork, LeavesOutKeysWithoutQueries) {
   const std::vector<Slice> slices{{{0, 100}, {0, 100}, {-kUnbounded, -200}},
                                   {{0, 100}, {300, 310}, {}}};
