@@ -32,7 +32,7 @@ class BackwardGroup {
   __device__ void run() {
     KeyGradient<Tile::kHeadDim> dk;
     KeyGradient<Tile::kValueDim> dv;
-    int flags = await_queries();
+    int flags = uniform(await_queries(at_));
     if (group_ == 1) pass_scores_turn();
     while ((flags & kNoMoreItems) == 0) {
       mbarrier_wait(&shared_.k_full[at_.kv.index], at_.kv.parity);
@@ -47,11 +47,11 @@ class BackwardGroup {
         }
         if ((flags & kLastOfItem) != 0) break;
         accumulate = true;
-        flags = await_queries();
+        flags = uniform(Tile::kTurns ? await_queries(at_) : next_flags_);
       }
       if constexpr (!Tile::kTurns) finish_query_gradient();
       finish_item(dk, dv);
-      flags = await_queries();
+      flags = uniform(await_queries(at_));
     }
     if (group_ == 0) await_scores_turn();
     // The end travels on to the draining warp as a note without dQ.
@@ -89,13 +89,21 @@ class BackwardGroup {
     return base_ + static_cast<std::uint32_t>(first) + static_cast<std::uint32_t>(index) * 8;
   }
 
-  /// Flags of the block whose turn it is, once its Q is there. One lane reads, the one that later
-  /// tells the producer that the warp is done with the note.
-  __device__ int await_queries() {
-    mbarrier_wait(barrier(offsetof(Shared, q_full), at_.ring.index), at_.ring.parity);
+  /// A block's flags, once its Q is there. One lane reads, the one that later tells the producer
+  /// that the warp is done with the note; the others get 0.
+  __device__ int await_queries(const Place<Tile>& at) const {
+    mbarrier_wait(barrier(offsetof(Shared, q_full), at.ring.index), at.ring.parity);
     const std::uint32_t flags =
-        base_ + offsetof(Shared, notes) + at_.note * sizeof(QueryNote) + offsetof(QueryNote, flags);
-    return uniform(threadIdx.x % 32 == 0 ? load_shared_word(flags) : 0);
+        base_ + offsetof(Shared, notes) + at.note * sizeof(QueryNote) + offsetof(QueryNote, flags);
+    return threadIdx.x % 32 == 0 ? load_shared_word(flags) : 0;
+  }
+
+  /// The next block's flags, while dK is under way. What is in flight must not depend on a branch:
+  /// an item's last block looks at itself.
+  __device__ void look_ahead(bool last_of_item) {
+    Place<Tile> next = at_;
+    if (!last_of_item) next.advance();
+    next_flags_ = await_queries(next);
   }
 
   /// Halves: one warpgroup's S at a time.
@@ -148,26 +156,27 @@ class BackwardGroup {
     if constexpr (Tile::kTurns) {
       finish_in_turn(accumulate, p, ds, dk, dv);
     } else {
-      finish_half(accumulate, p, ds, dk, dv);
+      finish_half(accumulate, (flags & kLastOfItem) != 0, p, ds, dk, dv);
     }
     at_.advance();
   }
 
   /// A half of the last block's dQ, and dK under its way out. dV is under way. What is in flight
   /// must not depend on a branch: an item's first block multiplies too, but has nothing to stage.
-  __device__ void finish_half(bool accumulate, std::uint32_t (&p)[kCount / 2],
+  __device__ void finish_half(bool accumulate, bool last_of_item, std::uint32_t (&p)[kCount / 2],
                               std::uint32_t (&ds)[kCount / 2], KeyGradient<Tile::kHeadDim>& dk,
                               KeyGradient<Tile::kValueDim>& dv) {
     float dq[kCount];
     const Ring<Tile::kScoreStages> last = last_scores();
     mbarrier_wait(barrier(offsetof(Shared, grad_s_full), last.index), last.parity);
     issue_drained(dq, last.index);
-    await_values(p, dv);
+    release_grad_o(p, dv);
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
     if (accumulate) take_drain();
     wgmma_wait<1>();
     pin_registers(dq);
     if (accumulate) send_drained(dq, last.index);
+    look_ahead(last_of_item);
     release_queries(ds, dk);
   }
 
@@ -206,7 +215,7 @@ class BackwardGroup {
                                  KeyGradient<Tile::kValueDim>& dv) {
     wgmma_fence();
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, queries(), accumulate);
-    await_values(p, dv);
+    release_grad_o(p, dv);
     release_queries(ds, dk);
     if (turn_ == group_) {
       float dq[kCount];
@@ -221,14 +230,15 @@ class BackwardGroup {
     if (++turn_ == Tile::kGroups) turn_ = 0;
   }
 
-  /// dV is the last product but one.
-  __device__ void await_values(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
+  /// Once dV is there, the last product but one: dO, and the rows of LSE and δ.
+  __device__ void release_grad_o(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
     wgmma_wait<1>();
     pin_registers(dv);
     pin_registers(p);
+    arrive_warp(barrier(offsetof(Shared, grad_o_empty), at_.ring.index));
   }
 
-  /// Once dK is there, the last product: Q, dO and their rows.
+  /// Once dK is there, the last product.
   __device__ void release_queries(std::uint32_t (&ds)[kCount / 2],
                                   KeyGradient<Tile::kHeadDim>& dk) {
     wgmma_wait<0>();
@@ -428,6 +438,7 @@ class BackwardGroup {
   std::uint32_t row_bytes_;     // of its first row in a box of dS
   std::uint32_t drain_bytes_;   // of its first element in a box of dQ
   std::uint32_t drain_parity_ = 0;
+  int next_flags_ = 0;
   int turn_ = 0;  // the warpgroup that takes dQ of the block of queries
   Place<Tile> at_;
 };

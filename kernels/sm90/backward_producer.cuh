@@ -39,9 +39,6 @@ class BackwardProducer {
 
  private:
   using Element = typename Tile::Element;
-  static constexpr unsigned kQueryBytes =
-      sizeof(SharedBackward<Tile>::q[0]) +
-      (Tile::kDrained ? sizeof(SharedBackward<Tile>::grad_o[0]) : 0);
 
   __device__ KeyItem take_work() {
     mbarrier_wait(&shared_.work_full, work_parity_);
@@ -114,37 +111,49 @@ class BackwardProducer {
     if (q < s.q_begin || (q_last >= s.q_end && s.q_end < params_.seq_q)) flags |= kForeignRows;
 
     const QueryNote note{flags, q, head, item.batch, s.lo, s.hi, s.q_begin, s.q_end};
+    if constexpr (Tile::kDrained) {  // dO is given back first
+      mbarrier_wait(&shared_.grad_o_empty[stage], ring_.parity ^ 1);
+      if (lane_ == 0) {
+        tell(note);
+        mbarrier_expect(&shared_.q_full[stage], sizeof(shared_.grad_o[0]));
+        load_grad_o(note, &shared_.q_full[stage]);
+      }
+    }
     mbarrier_wait(&shared_.q_empty[stage], ring_.parity ^ 1);
     if (lane_ == 0) {
-      shared_.notes[note_] = note;
-      if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
-      mbarrier_arrive(&shared_.note_full[note_]);
-      mbarrier_arrive_expect(&shared_.q_full[stage], kQueryBytes);
+      if constexpr (!Tile::kDrained) tell(note);
+      mbarrier_arrive_expect(&shared_.q_full[stage], sizeof(shared_.q[0]));
       for (int box = 0; box < Tile::kQkBoxes; ++box) {
         tma_load(&shared_.q[stage][box * Tile::kQueries * Tile::QkTile::kColumns], &params_.q,
                  &shared_.q_full[stage], CachePolicy::evict_last, box * Tile::QkTile::kColumns, q,
                  head, item.batch);
       }
     }
-    std::uint64_t* const grad_o_full =
-        Tile::kDrained ? &shared_.q_full[stage] : &shared_.grad_o_full[stage];
     if constexpr (!Tile::kDrained) {
       mbarrier_wait(&shared_.grad_o_empty[stage], ring_.parity ^ 1);
-      if (lane_ == 0) mbarrier_arrive_expect(grad_o_full, sizeof(shared_.grad_o[0]));
-    }
-    if (lane_ == 0) {
-      for (int box = 0; box < Tile::kVBoxes; ++box) {
-        tma_load(&shared_.grad_o[stage][box * Tile::kQueries * Tile::VTile::kColumns],
-                 &params_.grad_o, grad_o_full, CachePolicy::evict_last, box * Tile::VTile::kColumns,
-                 q, head, item.batch);
+      if (lane_ == 0) {
+        mbarrier_arrive_expect(&shared_.grad_o_full[stage], sizeof(shared_.grad_o[0]));
+        load_grad_o(note, &shared_.grad_o_full[stage]);
       }
-    }
-    if constexpr (!Tile::kDrained) {
       rows_.load(note);
       rows_.store(stage);
     }
     ring_.advance();
     if (++note_ == Tile::kNotes) note_ = 0;
+  }
+
+  __device__ void tell(const QueryNote& note) {
+    shared_.notes[note_] = note;
+    if constexpr (Tile::kOrdered) shared_.turns[note_] = turn_;
+    mbarrier_arrive(&shared_.note_full[note_]);
+  }
+
+  __device__ void load_grad_o(const QueryNote& note, std::uint64_t* barrier) {
+    for (int box = 0; box < Tile::kVBoxes; ++box) {
+      tma_load(&shared_.grad_o[ring_.index][box * Tile::kQueries * Tile::VTile::kColumns],
+               &params_.grad_o, barrier, CachePolicy::evict_last, box * Tile::VTile::kColumns,
+               note.q_begin, note.head, note.batch);
+    }
   }
 
   const BackwardParams& params_;

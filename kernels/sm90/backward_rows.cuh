@@ -22,7 +22,7 @@ class BackwardRows {
       const QueryNote& note = shared_.notes[at.index];
       if ((note.flags & kNoMoreItems) != 0) return;
       load(note);
-      mbarrier_wait(&shared_.q_empty[ring.index], ring.parity ^ 1);
+      mbarrier_wait(&shared_.grad_o_empty[ring.index], ring.parity ^ 1);
       store(ring.index);
       ring.advance();
     }

@@ -29,9 +29,9 @@ struct BackwardTile {
   static constexpr int kStages = kStages_;            // of Q and dO
   static constexpr int kKvBuffers = kKvBuffers_;      // of K and V
   static constexpr int kScoreStages = kScoreStages_;  // of dS
-  // A note is kept until its dQ has left. When a block's Q is given back, its own dQ and that of
-  // the block before may be under way in halves; in turns its own and one for each warpgroup.
-  static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : 2);
+  // A note is kept until its dQ has left. When a block's dO is given back, its own dQ and those of
+  // two blocks before may be under way in halves; in turns its own and one for each warpgroup.
+  static constexpr int kNotes = kStages + (kTurns ? kGroups + 1 : 3);
   // Producer, those of dK and dV, one for dQ.
   static constexpr int kWarpgroups = 1 + kGroups + (kDrained ? 0 : 1);
   static constexpr int kThreads = kWarpgroups * 128;
