@@ -34,10 +34,15 @@ Rates read_rates(const std::string& path) {
       require(rate > 0.0, ExitCode::bad_data, "rates: {}: a rate of {}; accepted: above 0", path,
               rate);
     }
-    require(rates.tile_rows > 0, ExitCode::bad_data, "rates: {}: tiles of {} rows", path,
-            rates.tile_rows);
-    require(rates.node_ranks > 0, ExitCode::bad_data, "rates: {}: {} ranks a node", path,
-            rates.node_ranks);
+    for (const double seconds : {rates.latency_seconds, rates.call_seconds,
+                                 rates.forward_tile_seconds, rates.backward_tile_seconds}) {
+      require(seconds >= 0.0, ExitCode::bad_data, "rates: {}: a time of {} s; accepted: 0 or more",
+              path, seconds);
+    }
+    require(rates.tile_rows > 0, ExitCode::bad_data,
+            "rates: {}: tiles of {} rows; accepted: 1 or more", path, rates.tile_rows);
+    require(rates.node_ranks > 0, ExitCode::bad_data,
+            "rates: {}: {} ranks a node; accepted: 1 or more", path, rates.node_ranks);
     return rates;
   } catch (const nlohmann::json::exception& error) {
     throw Error(ExitCode::bad_data, fmt::format("rates: {}: {}", path, printable(error.what())));
