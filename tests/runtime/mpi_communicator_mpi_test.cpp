@@ -57,7 +57,7 @@ double cpu_seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-TEST(MpiCommunicator, WaitsAsleepWhereRanksOutnumberCores) {
+TEST(MpiCommunicator, SleepsWhileItWaitsWhereAsked) {
   const auto c = make_mpi_communicator({MPI_Comm_c2f(MPI_COMM_WORLD)},
                                        {.waiting = MpiOptions::Waiting::asleep});
   if (c->size() < 2) GTEST_SKIP() << "one rank";

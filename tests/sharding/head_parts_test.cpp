@@ -22,11 +22,18 @@ std::shared_ptr<PlanRequest> heads_request(std::int64_t q_heads, std::int64_t kv
 }
 
 // The parts of each rank follow each other and are its heads, and every query head comes with the
-// KV head that serves it.
+// KV head that serves it; also where the first of them lies inside a group.
 TEST(HeadParts, AreAllHeadsOnce) {
-  for (const auto& [q_heads, kv_heads] : {std::pair{64, 8}, std::pair{6, 6}, std::pair{10, 5}}) {
+  struct Heads {
+    std::int64_t q, kv, group, offset;
+  };
+  for (const Heads& heads :
+       {Heads{64, 8, 8, 0}, Heads{6, 6, 1, 0}, Heads{10, 5, 2, 0}, Heads{10, 3, 4, 2}}) {
     for (const int ranks : {1, 2, 5}) {
-      const AttentionPlan plan(heads_request(q_heads, kv_heads, ranks), 0);
+      const auto request = heads_request(heads.q, heads.kv, ranks);
+      request->group_size = heads.group;
+      request->q_head_offset = heads.offset;
+      const AttentionPlan plan(request, 0);
       for (const int wanted : {1, 2, 3, 4, 7}) {
         const std::vector<HeadPart> parts = head_parts(plan, wanted);
         for (int rank = 0; rank < ranks; ++rank) {
@@ -39,8 +46,8 @@ TEST(HeadParts, AreAllHeadsOnce) {
             next_q = part.q[r].end;
             next_kv = part.kv[r].end;
             EXPECT_FALSE(part.q[r].empty());
-            EXPECT_EQ(part.q[r].begin / plan.group_size(), part.kv[r].begin);
-            EXPECT_EQ((part.q[r].end - 1) / plan.group_size(), part.kv[r].end - 1);
+            EXPECT_EQ((part.q[r].begin + heads.offset) / heads.group, part.kv[r].begin);
+            EXPECT_EQ((part.q[r].end - 1 + heads.offset) / heads.group, part.kv[r].end - 1);
           }
           EXPECT_EQ(next_q, plan.q_heads_of(rank).end);
           EXPECT_EQ(next_kv, plan.kv_heads_of(rank).end);
