@@ -1,20 +1,15 @@
 #pragma once
 
-#include "kernels/cuda/check.hpp"
 #include "kernels/sm90/backward_kernel.cuh"
 #include "kernels/sm90/backward_launch.hpp"
+#include "kernels/sm90/launch.cuh"
 
 namespace annulus::kernels::sm90 {
 
 template <typename Tile, bool kSoftCap>
 void launch_backward_kernel(const BackwardParams& params, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(SharedBackward<Tile>);
-  static_assert(kBytes <= 227 * 1024);
-  const auto kernel = backward_kernel<Tile, kSoftCap>;
-  ANNULUS_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<static_cast<unsigned>(blocks), Tile::kThreads, kBytes, stream>>>(params);
-  ANNULUS_CHECK_CUDA(cudaGetLastError());
+  launch_blocks<Tile, SharedBackward<Tile>>(backward_kernel<Tile, kSoftCap>, params, blocks,
+                                            stream);
 }
 
 template <typename Tile, bool kSoftCap>

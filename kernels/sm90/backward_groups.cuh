@@ -233,7 +233,7 @@ class BackwardGroup {
   /// Once dV is there, the last product but one: dO, and the rows of LSE and δ.
   __device__ void release_grad_o(std::uint32_t (&p)[kCount / 2], KeyGradient<Tile::kValueDim>& dv) {
     wgmma_wait<1>();
-    pin_registers(dv);
+    pin_registers(dv.values);
     pin_registers(p);
     arrive_warp(barrier(offsetof(Shared, grad_o_empty), at_.ring.index));
   }
@@ -242,7 +242,7 @@ class BackwardGroup {
   __device__ void release_queries(std::uint32_t (&ds)[kCount / 2],
                                   KeyGradient<Tile::kHeadDim>& dk) {
     wgmma_wait<0>();
-    pin_registers(dk);
+    pin_registers(dk.values);
     pin_registers(ds);
     arrive_warp(barrier(offsetof(Shared, q_empty), at_.ring.index));
   }
@@ -412,7 +412,7 @@ class BackwardGroup {
       for (int i = 0; i < 16; i += 4) {
         // Rows eight apart share their place in the pattern.
         float* to = staged + key * 32 + (((i / 2 + lane % 4 / 2) ^ (key % 8)) * 4 + lane % 2 * 2);
-        const float* values = d.parts[0] + piece * 16 + i;
+        const float* values = d.values + piece * 16 + i;
         *reinterpret_cast<float2*>(to) = make_float2(values[0] * scale, values[1] * scale);
         *reinterpret_cast<float2*>(to + 8 * 32) = make_float2(values[2] * scale, values[3] * scale);
       }

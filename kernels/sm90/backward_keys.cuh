@@ -91,12 +91,12 @@ class BackwardKeys {
     wgmma_fence();
     issue_key_gradient<Tile, QkTile, Tile::kHeadDim>(dk, ds, shared_.q[stage], !first);
     wgmma_wait<1>();
-    pin_registers(dv);
+    pin_registers(dv.values);
     pin_registers(p);
     arrive_warp(&shared_.grad_o_empty[stage]);
     at_.advance();
     wgmma_wait<0>();
-    pin_registers(dk);
+    pin_registers(dk.values);
     pin_registers(ds);
     arrive_warp(&shared_.q_empty[stage]);
     // In-flight registers must not depend on a branch: after the last block of queries K stands in
@@ -116,11 +116,12 @@ class BackwardKeys {
     const int key = item.k_begin + first_key_ + traded_row();
     const bool valid = key < item.k_end;
     if (params_.grad_k.data != nullptr) {
-      add_rows(dk, params_.scale, gradient_row(params_.grad_k, item.batch, key, item.kv_head),
-               valid, params_.overwrites_kv);
+      add_rows(dk.values, params_.scale,
+               gradient_row(params_.grad_k, item.batch, key, item.kv_head), valid,
+               params_.overwrites_kv);
     }
     if (params_.grad_v.data != nullptr) {
-      add_rows(dv, 1.0F, gradient_row(params_.grad_v, item.batch, key, item.kv_head), valid,
+      add_rows(dv.values, 1.0F, gradient_row(params_.grad_v, item.batch, key, item.kv_head), valid,
                params_.overwrites_kv);
     }
   }

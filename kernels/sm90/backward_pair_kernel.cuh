@@ -1,10 +1,10 @@
 #pragma once
 
-#include "kernels/cuda/check.hpp"
 #include "kernels/sm90/backward_launch.hpp"
 #include "kernels/sm90/backward_pair_producer.cuh"
 #include "kernels/sm90/backward_pair_queries.cuh"
 #include "kernels/sm90/backward_pair_roles.cuh"
+#include "kernels/sm90/launch.cuh"
 
 /// Backward attention for Hopper by clusters of two thread blocks, for head dimensions at which the
 /// additions to dQ are the limit. The pair takes 128 keys, 64 each, over the same queries. The
@@ -72,13 +72,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(Tile::kThreads, 1)
 
 template <typename Tile, bool kSoftCap>
 void launch_pairs(const BackwardParams& params, int clusters, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(SharedPair<Tile>);
-  static_assert(kBytes <= 227 * 1024);
-  const auto kernel = pair_backward_kernel<Tile, kSoftCap>;
-  ANNULUS_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<static_cast<unsigned>(2 * clusters), Tile::kThreads, kBytes, stream>>>(params);
-  ANNULUS_CHECK_CUDA(cudaGetLastError());
+  launch_blocks<Tile, SharedPair<Tile>>(pair_backward_kernel<Tile, kSoftCap>, params, 2 * clusters,
+                                        stream);
 }
 
 template <typename Tile, bool kSoftCap>

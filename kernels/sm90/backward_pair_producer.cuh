@@ -4,7 +4,6 @@
 
 #include "kernels/sm90/backward_pair_tile.cuh"
 #include "kernels/sm90/backward_scheduler.cuh"
-#include "kernels/sm90/backward_turns.hpp"
 
 /// What loads: a thread of the first block that takes tickets for both, and in each block a warp
 /// that loads K and V once a block of keys, then Q, dO and their statistics for every block of
@@ -149,24 +148,13 @@ class PairProducer {
         if (queries.x > queries.y) continue;  // the first block may begin before both
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
-          if constexpr (Tile::kOrdered) turn_ = turn_of(slice, pair_begin, q);
+          if constexpr (Tile::kOrdered)
+            turn_ = turn_of<Tile>(params_, item, slice, pair_begin, q, Tile::kPairKeys);
           load_block(s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
           first = 0;
         }
       }
     }
-  }
-
-  /// Additions to the same queries that come before. Tickets are taken in the order of entries,
-  /// from the first keys to the last, so that whoever waits for a turn waits for earlier tickets.
-  __device__ std::uint32_t turn_of(int slice, int pair_begin, int q) const {
-    const KeyItem& item = shared_.item;
-    int earlier = 0;
-    for (int i = params_.slice_table[slice].batch_begin + lane_; i < item.slice_end; i += 32) {
-      earlier += turns_before(params_.slice_table[i], i, item.slice_begin, slice, pair_begin, q,
-                              Tile::kQueries, Tile::kPairKeys);
-    }
-    return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
   }
 
   __device__ QueryNote note_of(const TileSlice& s, int head, int q, int flags) const {

@@ -2,7 +2,6 @@
 
 #include "kernels/sm90/backward_rows.cuh"
 #include "kernels/sm90/backward_scheduler.cuh"
-#include "kernels/sm90/backward_turns.hpp"
 #include "kernels/sm90/tma.cuh"
 
 /// The producing warp: K and V once a block of keys, then Q and dO of every block of queries that
@@ -82,23 +81,13 @@ class BackwardProducer {
         if (queries.x > queries.y) continue;  // the first block may begin before both
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
-          if constexpr (Tile::kOrdered) turn_ = turn_of(item, slice, q);
+          if constexpr (Tile::kOrdered)
+            turn_ = turn_of<Tile>(params_, item, slice, item.k_begin, q, Tile::kKeys);
           load_block(item, s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
           first = 0;
         }
       }
     }
-  }
-
-  /// Additions to the same queries that come before. Tickets are taken in the order of entries,
-  /// from the first keys to the last, so that whoever waits for a turn waits for earlier tickets.
-  __device__ std::uint32_t turn_of(const KeyItem& item, int slice, int q) const {
-    int earlier = 0;
-    for (int i = params_.slice_table[slice].batch_begin + lane_; i < item.slice_end; i += 32) {
-      earlier += turns_before(params_.slice_table[i], i, item.slice_begin, slice, item.k_begin, q,
-                              Tile::kQueries, Tile::kKeys);
-    }
-    return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
   }
 
   __device__ void load_block(const KeyItem& item, const TileSlice& s, int head, int q, int flags) {

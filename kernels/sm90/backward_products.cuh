@@ -9,26 +9,8 @@ namespace annulus::kernels::sm90 {
 /// dK or dV of 64 keys.
 template <int kDim>
 struct KeyGradient {
-  static constexpr int kParts = kDim > 192 ? 2 : 1;
-  static constexpr int kColumns = kDim / kParts;
-  float parts[kParts][kColumns / 2];
+  float values[kDim / 2];
 };
-
-template <int kDim>
-__device__ inline void pin_registers(KeyGradient<kDim>& d) {
-#pragma unroll
-  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) pin_registers(d.parts[part]);
-}
-
-/// Adds scale times the gradient to this thread's row, or sets the row to it.
-template <int kDim>
-__device__ inline void add_rows(const KeyGradient<kDim>& d, float scale, float* row, bool valid,
-                                bool overwrite) {
-#pragma unroll
-  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
-    add_rows(d.parts[part], scale, row + part * KeyGradient<kDim>::kColumns, valid, overwrite);
-  }
-}
 
 /// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ, of 64 keys by all queries; the descriptors are k_major.
 template <typename Tile, typename Layout, int kDim>
@@ -52,23 +34,17 @@ __device__ inline void issue_scores(float (&s)[Tile::kQueries / 2],
                                    Layout::k_major(queries));
 }
 
-/// dV += Pᵀ·dO, or dK += dSᵀ·Q. A product of 256 columns asks for more registers than a thread of
-/// 512 may name, so that it is cut in two. `queries`: the address in shared memory.
+/// dV += Pᵀ·dO, or dK += dSᵀ·Q. `queries`: the address in shared memory.
 template <typename Tile, typename Layout, int kDim>
 __device__ inline void issue_key_gradient(KeyGradient<kDim>& d,
                                           const std::uint32_t (&weights)[Tile::kQueries / 4],
                                           std::uint32_t queries, bool accumulate) {
+  const std::uint64_t b = Layout::n_major(queries, Tile::kQueries);
 #pragma unroll
-  for (int part = 0; part < KeyGradient<kDim>::kParts; ++part) {
-    constexpr int kColumns = KeyGradient<kDim>::kColumns;
-    const std::uint64_t b =
-        Layout::n_major(queries + part * kColumns * Tile::kQueries * 2, Tile::kQueries);
-#pragma unroll
-    for (int step = 0; step < Tile::kQueries / 16; ++step) {
-      WgmmaShape<typename Tile::Element, kColumns>::registers(
-          d.parts[part], &weights[4 * step], advance(b, Layout::n_major_step(step)),
-          step != 0 || accumulate);
-    }
+  for (int step = 0; step < Tile::kQueries / 16; ++step) {
+    WgmmaShape<typename Tile::Element, kDim>::registers(d.values, &weights[4 * step],
+                                                        advance(b, Layout::n_major_step(step)),
+                                                        step != 0 || accumulate);
   }
   wgmma_commit();
 }

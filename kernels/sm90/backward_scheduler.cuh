@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/backward_tile.cuh"
+#include "kernels/sm90/backward_turns.hpp"
 
 /// The scheduling thread: takes tickets and turns them into blocks of keys with their heads.
 namespace annulus::kernels::sm90 {
@@ -62,6 +63,22 @@ __device__ inline KeyItem key_item(const BackwardParams& params, int ticket, int
   item.k_end = min(row.q_begin + keys, params.slice_table[row.slice_begin].k_end);
   item.blocks = max(item.head_end - item.head_begin, 0) * query_blocks<Tile>(params, item);
   return item;
+}
+
+/// Additions to the queries from `q` on that come before those of an item's keys, in blocks of
+/// `keys` keys, the first at k_begin. Tickets are taken in the order of entries, from the first
+/// keys to the last, so that whoever waits for a turn waits for earlier tickets. All lanes of a
+/// warp.
+template <typename Tile>
+__device__ inline std::uint32_t turn_of(const BackwardParams& params, const KeyItem& item,
+                                        int slice, int k_begin, int q, int keys) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int earlier = 0;
+  for (int i = params.slice_table[slice].batch_begin + lane; i < item.slice_end; i += 32) {
+    earlier += turns_before(params.slice_table[i], i, item.slice_begin, slice, k_begin, q,
+                            Tile::kQueries, keys);
+  }
+  return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
 }
 
 template <typename Tile>

@@ -15,7 +15,7 @@ namespace annulus::kernels::sm90 {
 enum class Division { halves, turns, keys };
 
 template <typename Element_, int kHeadDim_, int kValueDim_, int kQueries_, int kStages_,
-          int kKvBuffers_, Division kDivision_, int kScoreStages_ = 2, int kPieces_ = 4>
+          int kKvBuffers_, Division kDivision_, int kScoreStages_ = 2>
 struct BackwardTile {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
@@ -53,7 +53,7 @@ struct BackwardTile {
   static constexpr int kDrains = kDrained ? kGroups : 4;
   // dS then carries the scale of dQ and dK; f16 would lose small ones by that.
   static constexpr bool kScaledGradient = kDrained && std::is_same_v<Element, __nv_bfloat16>;
-  static constexpr int kPieces = kDrained ? 2 : kPieces_;  // of 32 columns
+  static constexpr int kPieces = kDrained ? 2 : 4;  // of 32 columns
   static_assert(!kDrained || kHeadDim == (kTurns ? 64 : 128));
 
   using QkTile = SwizzledTile<kHeadDim % 64 == 0 ? 128 : 64>;

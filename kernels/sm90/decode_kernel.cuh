@@ -4,6 +4,7 @@
 #include "kernels/sm90/decode_consumer.cuh"
 #include "kernels/sm90/decode_launch.hpp"
 #include "kernels/sm90/decode_producer.cuh"
+#include "kernels/sm90/launch.cuh"
 
 /// Decode attention for Hopper: one block a multiprocessor, a producing and a consuming warpgroup.
 namespace annulus::kernels::sm90 {
@@ -74,7 +75,7 @@ template <typename Tile, typename Shared>
 void launch_early(void (*kernel)(DecodeParams), const DecodeParams& params, int blocks,
                   cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared);
-  static_assert(kBytes <= 227 * 1024);
+  static_assert(kBytes <= kMostSharedBytes);
   ANNULUS_CHECK_CUDA(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   cudaLaunchAttribute early{};
