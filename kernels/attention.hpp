@@ -92,6 +92,10 @@ struct ForwardCall {
   /// A row's bits must not depend on which other rows the call has: no algorithm of its own for
   /// few rows. The CPU's backends keep to it.
   bool row_invariant = false;
+  /// One of several calls in a row that carry a state. What was put on the stream since the call
+  /// before writes nothing that this one reads but the state: one that resumes may begin where that
+  /// one ends, and one without an output expects to be resumed so.
+  bool chained = false;
 };
 
 /// One backward call: recomputes P from the global LSE and adds to fp32 gradients, so that a ring

@@ -4,17 +4,10 @@
 #include "kernels/sm90/decode_consumer.cuh"
 #include "kernels/sm90/decode_launch.hpp"
 #include "kernels/sm90/decode_producer.cuh"
-#include "kernels/sm90/launch.cuh"
+#include "kernels/sm90/launch_early.cuh"
 
 /// Decode attention for Hopper: one block a multiprocessor, a producing and a consuming warpgroup.
 namespace annulus::kernels::sm90 {
-
-/// Lets the next launch's blocks come as this one's leave, and waits until all that was launched
-/// before is done and its memory visible.
-__device__ inline void await_earlier_launch() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
 
 /// Fetches what a launch first reads into L2, and translations of its addresses, while the launch
 /// before may still be at work: a hint, which sees no values.
@@ -44,6 +37,7 @@ __device__ WorkWalker start_block(const DecodeParams& params, Shared& shared, in
     fence_barrier_init();
   }
   prefetch_sequences(params);
+  admit_next_launch();
   await_earlier_launch();
   deal_work<Tile::kThreads>(params, Tile::kBlock, shared.warp_sums, shared.run);
   return WorkWalker(params, shared.run, lane, Tile::kBlock);
@@ -67,28 +61,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                       keys ? shared.k_full : shared.v_full, keys ? shared.k_empty : shared.v_empty)
         .run(walker);
   }
-}
-
-/// Starts a launch's blocks as those of the launch before it leave, which hides what a launch
-/// costs; they wait in await_earlier_launch().
-template <typename Tile, typename Shared>
-void launch_early(void (*kernel)(DecodeParams), const DecodeParams& params, int blocks,
-                  cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared);
-  static_assert(kBytes <= kMostSharedBytes);
-  ANNULUS_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = Tile::kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  ANNULUS_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 template <typename Tile>

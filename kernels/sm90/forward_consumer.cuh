@@ -69,6 +69,7 @@ class ForwardConsumer {
       wgmma_fence();
       issue_values(o, p, !first_of_tile);
       pass_turn();
+      prefetch_if_last(flags);
 
       wgmma_wait<1>();
       pin_registers(s);
@@ -119,6 +120,7 @@ class ForwardConsumer {
       wgmma_fence();
       issue_scores(s);
       pass_turn();
+      prefetch_if_last(flags);
       wgmma_wait<0>();
       pin_registers(s);
       prepare_scores(s, flags);
@@ -232,6 +234,14 @@ class ForwardConsumer {
       release_values();
     }
     return flags;
+  }
+
+  /// Under a tile's last block.
+  __device__ void prefetch_if_last(int flags) {
+    if ((flags & kLastOfTile) == 0 || !params_.resume) [[likely]]
+      return;
+    prefetch_state<Tile::kValueDim>(params_, broadcast(shared_.tiles[q_tile_ % kTileNotes]),
+                                    warpgroup_);
   }
 
   __device__ void await_turn() {

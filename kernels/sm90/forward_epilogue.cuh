@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/forward_softmax.cuh"
+#include "kernels/sm90/launch_early.cuh"
 
 /// End of a tile: merges the carried state, writes state or O and LSE straight from registers.
 namespace annulus::kernels::sm90 {
@@ -88,6 +89,26 @@ __device__ inline void store_row_f32(const float (&o)[kCount], int row, float fa
   }
 }
 
+/// Has L2 fetch what the warp will merge at the tile's end. It need not be there yet: L2 is where
+/// all writes end.
+template <int kColumns>
+__device__ inline void prefetch_state(const ForwardParams& params, const TileNote& tile,
+                                      int warpgroup) {
+  constexpr int kLines = kColumns * static_cast<int>(sizeof(float)) / 128;
+  for (int i = static_cast<int>(threadIdx.x % 32); i < 16 * kLines; i += 32) {
+    const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16) + i / kLines;
+    const OutputRow at = output_row(params, tile, warpgroup, local_row);
+    if (!at.valid) continue;
+    const float* row = params.accumulator + offset_of(params.accumulator_strides, at);
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i % kLines * 32));
+    if (i % kLines != 0) continue;
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(params.row_max + offset_of(params.max_strides, at)));
+    asm volatile(
+        "prefetch.global.L2 [%0];" ::"l"(params.row_sum + offset_of(params.sum_strides, at)));
+  }
+}
+
 /// o ← o·own + carried·before. A row without keys holds no number worth keeping.
 template <int kCount>
 __device__ inline void add_carried(float (&o)[kCount], int row, float own, float before,
@@ -95,7 +116,7 @@ __device__ inline void add_carried(float (&o)[kCount], int row, float own, float
   const int lane = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
-    const float2 c = *reinterpret_cast<const float2*>(carried + i * 2 + lane * 2);
+    const float2 c = __ldcg(reinterpret_cast<const float2*>(carried + i * 2 + lane * 2));
     float& x = o[i + 2 * row];
     float& y = o[i + 2 * row + 1];
     x = (own > 0.0F ? x * own : 0.0F) + (before > 0.0F ? c.x * before : 0.0F);
@@ -103,22 +124,32 @@ __device__ inline void add_carried(float (&o)[kCount], int row, float own, float
   }
 }
 
+/// A row's maximum, in powers of two, and its sum.
+struct CarriedRow {
+  float max = -INFINITY, sum = 0.0F;
+};
+
+__device__ inline CarriedRow carried_row(const ForwardParams& params, const OutputRow& at) {
+  if (!params.resume || !at.valid) return {};
+  return {__ldcg(params.row_max + offset_of(params.max_strides, at)) * kLog2E,
+          __ldcg(params.row_sum + offset_of(params.sum_strides, at))};
+}
+
 template <typename Element, int kCount>
 __device__ inline void finish_row(const ForwardParams& params, float (&o)[kCount], int row,
-                                  float raw_max, float sum, const OutputRow& at) {
+                                  float raw_max, float sum, const OutputRow& at,
+                                  const CarriedRow& carried) {
   float max = raw_max * params.exp_scale;  // in powers of two
   sum = quad_sum(sum);
   float factor = 1.0F;  // still to be applied to o
   if (params.resume && at.valid) {
-    const float before_max = params.row_max[offset_of(params.max_strides, at)] * kLog2E;
-    const float before_sum = params.row_sum[offset_of(params.sum_strides, at)];
-    const float both = fmaxf(max, before_max);
+    const float both = fmaxf(max, carried.max);
     const float base = both == -INFINITY ? 0.0F : both;
     const float own = exp2_approx(max - base);
-    const float before = exp2_approx(before_max - base);
+    const float before = exp2_approx(carried.max - base);
     add_carried(o, row, own, before,
                 params.accumulator + offset_of(params.accumulator_strides, at));
-    sum = sum * own + before_sum * before;
+    sum = sum * own + carried.sum * before;
     max = both;
   }
   // A zero sum comes with an accumulator that may hold 0·NaN.
@@ -272,16 +303,16 @@ template <typename Element, int kCount>
 __device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
                                    float (&o)[kCount], RowStatistics rows) {
   const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
+  await_earlier_launch();
+  if (params.o == nullptr) admit_next_launch();
   if (tile.piece != 0 && !merge_pieces(params, tile.piece - 1, warpgroup, o, rows)) return;
-  if (params.plain) {
-    const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
-                             output_row(params, tile, warpgroup, local_row + 8)};
-    return finish_plain<Element>(params, at, o, rows);
-  }
+  const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
+                           output_row(params, tile, warpgroup, local_row + 8)};
+  if (params.plain) return finish_plain<Element>(params, at, o, rows);
+  const CarriedRow carried[2] = {carried_row(params, at[0]), carried_row(params, at[1])};
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const OutputRow at = output_row(params, tile, warpgroup, local_row + 8 * row);
-    finish_row<Element>(params, o, row, rows.max[row], rows.sum[row], at);
+    finish_row<Element>(params, o, row, rows.max[row], rows.sum[row], at[row], carried[row]);
   }
 }
 

@@ -205,9 +205,14 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   set_tickets(params, work, problem, keys);
   params.ticket = ticket_counter(stream);
   const int processors = multiprocessors();
-  set_pieces(params, cut_tail(params.tickets, work.equal_keys / variant.block, processors),
-             variant.warpgroups * 4, narrow(problem.value_dim()), stream);
-  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
+  // The next call of a chain fills the multiprocessors that run out of tiles.
+  const bool goes_on = call.chained && !call.o;
+  const TailCut cut = goes_on
+                          ? TailCut{params.tickets, 1}
+                          : cut_tail(params.tickets, work.equal_keys / variant.block, processors);
+  set_pieces(params, cut, variant.warpgroups * 4, narrow(problem.value_dim()), stream);
+  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream,
+                 call.chained && params.resume);
 }
 
 }  // namespace annulus::kernels::sm90

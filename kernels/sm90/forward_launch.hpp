@@ -14,7 +14,8 @@ struct ForwardVariant {
   int block;       // keys at a time
   int qk_columns;  // columns of a box of Q or K in shared memory
   int v_columns;
-  void (*launch)(const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream);
+  void (*launch)(const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream,
+                 bool early);  // begins where the launch before it ends
 };
 
 /// The variants of one pair of head dimensions for one element type.

@@ -17,9 +17,10 @@ class Counters {
  public:
   unsigned* of_stream(int device, cudaStream_t stream) {
     const std::scoped_lock lock(mutex_);
-    unsigned*& counter = by_stream_[{device, stream}];
-    if (counter == nullptr) counter = take(device);
-    return counter;
+    std::pair<unsigned*, unsigned*>& counters = by_stream_[{device, stream}];
+    if (counters.first == nullptr) counters = {take(device), take(device)};
+    std::swap(counters.first, counters.second);
+    return counters.first;
   }
 
   unsigned* fresh(int device) {
@@ -50,7 +51,7 @@ class Counters {
   }
 
   std::mutex mutex_;
-  std::map<std::pair<int, cudaStream_t>, unsigned*> by_stream_;
+  std::map<std::pair<int, cudaStream_t>, std::pair<unsigned*, unsigned*>> by_stream_;
   std::map<int, Chunk> chunks_;
 };
 

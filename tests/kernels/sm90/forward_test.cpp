@@ -22,6 +22,7 @@ struct Case {
   bool sinks = false;
   int segments = 1;
   bool ring = false;        // one call a segment, with carried state
+  bool chained = false;     // the calls of a ring may overlap
   bool wide_output = true;  // fp32, or the type of the inputs
   float sharpness = 1.0F;   // of the scale; at 300, the scores of later blocks outgrow all ranges
 };
@@ -168,6 +169,7 @@ void run_ring(const Problem& problem, const Case& c) {
     call.problem.mask = {slices, {}};
     call.state = {accumulator.view(), max.view(), sum.view()};
     call.start = i == 0 ? ForwardCall::Start::fresh : ForwardCall::Start::resume;
+    call.chained = c.chained;
     if (i + 1 < c.segments) {
       call.o = {};
       call.log_sum_exp = {};
@@ -207,6 +209,7 @@ Case random_case(std::mt19937& random) {
   c.sinks = random() % 4 == 0;
   c.segments = c.seq_kv < 8 ? 1 : static_cast<int>(pick(random, {1, 1, 2, 4, 8}));
   c.ring = random() % 2 == 0;
+  c.chained = random() % 2 == 0;
   c.wide_output = random() % 3 == 0;
   return c;
 }
@@ -223,7 +226,7 @@ TEST_F(Sm90, MatchesTheReferenceOnRandomShapes) {
                  << "x" << c.q_heads << " kv " << c.seq_kv << "x" << c.kv_heads << " dim "
                  << c.head_dim << "/" << c.value_dim << " " << name(c.dtype) << " cap "
                  << c.soft_cap << " sinks " << c.sinks << " segments " << c.segments << " ring "
-                 << c.ring << " wide output " << c.wide_output);
+                 << c.ring << " chained " << c.chained << " wide output " << c.wide_output);
     const Problem problem(c, random_slices(random, c.seq_q, c.seq_kv), random);
     run(problem, c);
     problem.expect_close();
@@ -351,6 +354,18 @@ TEST_F(Sm90, RepeatsBitForBit) {
 
 TEST_F(Sm90, MergesPiecesBitForBit) {
   expect_repeats({1, 400, 6000, 4, 4, 128, 128, DType::bf16}, {{{0, 400}, {0, 6000}, {}}});
+}
+
+// Calls that begin before those whose state they resume have ended: with less than a tile a
+// multiprocessor, and with several.
+TEST_F(Sm90, ChainsRepeatBitForBit) {
+  Case c{1, 2000, 8000, 4, 4, 128, 128, DType::bf16};
+  c.segments = 8;
+  c.ring = c.chained = true;
+  expect_repeats(c, {{{0, c.seq_q}, {0, c.seq_kv}, {}}});
+  c.seq_q = 9000;
+  c.seq_kv = 1200;
+  expect_repeats(c, {{{0, c.seq_q}, {0, c.seq_kv}, {}}});
 }
 
 TEST_F(Sm90, NamesWhatItDoesNotSupport) {

@@ -22,7 +22,7 @@ struct AnnulusForward {
   const void* const* segment_v;
   std::int64_t segment_count;
   std::int64_t f16;
-  std::int64_t resume;
+  std::int64_t resume, chained;
   double scale;
   void* stream;
 };
@@ -60,6 +60,7 @@ annulus::ForwardCall call_of(const AnnulusForward& args, std::span<const annulus
   }
   call.start =
       args.resume != 0 ? annulus::ForwardCall::Start::resume : annulus::ForwardCall::Start::fresh;
+  call.chained = args.chained != 0;
   call.stream.handle = args.stream;
   return call;
 }

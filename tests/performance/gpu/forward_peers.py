@@ -35,14 +35,15 @@ class Forward(ctypes.Structure):
                  ("batch", "seq_q", "seq_kv", "q_heads", "kv_heads", "head_dim", "value_dim")] +
                 [("slices", POINTER), ("slice_count", INT), ("segment_k", POINTER),
                  ("segment_v", POINTER), ("segment_count", INT), ("f16", INT), ("resume", INT),
-                 ("scale", REAL), ("stream", POINTER)])
+                 ("chained", INT), ("scale", REAL), ("stream", POINTER)])
 
 
 def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=False, parts=()):
+def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=False, parts=(),
+             chained=False):
     """A function that launches once; everything it points to stays alive with it. `parts`: pairs
     of keys and values to go through in one launch, each under the same slices."""
     flat = (INT * (6 * len(slices)))(*[bound for piece in slices for bound in piece])
@@ -53,7 +54,8 @@ def prepared(library, q, k, v, o, lse, slices, state=(None, None, None), resume=
                    k.shape[2], q.shape[3], v.shape[3], ctypes.addressof(flat), len(slices),
                    ctypes.addressof(part_k) if parts else None,
                    ctypes.addressof(part_v) if parts else None, len(parts), 0,
-                   int(resume), q.shape[3] ** -0.5, torch.cuda.current_stream().cuda_stream)
+                   int(resume), int(chained), q.shape[3] ** -0.5,
+                   torch.cuda.current_stream().cuda_stream)
     keep = (q, k, v, o, lse, state, flat, parts, part_k, part_v)
 
     def launch(args=args, keep=keep):
@@ -176,7 +178,7 @@ class Bench:
                  for i in range(steps)]
         slices = [(0, part, 0, part, -FAR, FAR)]
         calls = [prepared(self.library, q, *parts[i], o if i + 1 == steps else None,
-                          lse if i + 1 == steps else None, slices, state, i > 0)
+                          lse if i + 1 == steps else None, slices, state, i > 0, chained=True)
                  for i in range(steps)]
         times = take_turns(dict(
             gemm=self.gemm, ours=lambda: [call() for call in calls],
