@@ -199,18 +199,23 @@ class ForwardConsumer {
     constexpr int kScores = 8 * (kEnd - kBegin);
     auto& s = reinterpret_cast<float(&)[kScores]>(all[8 * kBegin]);
     float sum[2];
+    std::uint32_t p[kScores / 2];
     exponentials(s, rows, params_.exp_scale, sum);
+    if constexpr (Tile::kConvertsEarly) {
+      pack_probabilities<Element>(s, p);
+      pin_registers(p);
+    }
     if (!looked && !__all_sync(0xffffffffU, in_range<Element>(sum))) [[unlikely]] {
       wgmma_wait<0>();
       pin_registers(o);
       float factor[2];
       if (look_again<16 * kBegin>(s, rows, factor)) scale_rows(o, factor);
       exponentials(s, rows, params_.exp_scale, sum);
+      if constexpr (Tile::kConvertsEarly) pack_probabilities<Element>(s, p);
     }
+    if constexpr (!Tile::kConvertsEarly) pack_probabilities<Element>(s, p);
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
-    std::uint32_t p[kScores / 2];
-    pack_probabilities<Element>(s, p);
     if constexpr (kPart == 0) {
       mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
       if (cut_) [[unlikely]]

@@ -23,6 +23,9 @@ struct ForwardTile {
   static constexpr bool kTrustsMaxima = kHeadDim <= 128;
   // Of a block, whose P·V one after another runs beside the next one's exponentials.
   static constexpr int kParts = kOverlap ? 1 : 2;
+  // P is converted beside the exponentials, not after a look at their sums: 1% where warpgroups
+  // take no turns, less than nothing where they do.
+  static constexpr bool kConvertsEarly = !kPingPong;
   // Each warpgroup passes over the blocks at a tile's begin that it sees nothing of; where they
   // take turns, waiting for one's turn costs what this saves.
   static constexpr bool kPassesOver = !kOverlap && !kPingPong;
