@@ -15,8 +15,7 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr int kRows = 64;          // of a warpgroup
-constexpr double kWideGain = 1.1;  // in rate, of 192 rows over 128 (measured)
+constexpr int kRows = 64;                                       // of a warpgroup
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of keys and values in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -163,8 +162,8 @@ const ForwardVariant& choose_variant(const AttentionProblem& problem,
     return computed_pairs(segments, problem.batch(), problem.seq_q(), variant.warpgroups * kRows,
                           variant.block);
   };
-  return pairs(variants.wide) <= kWideGain * pairs(variants.narrow) ? variants.wide
-                                                                    : variants.narrow;
+  return pairs(variants.wide) <= variants.wide_gain * pairs(variants.narrow) ? variants.wide
+                                                                             : variants.narrow;
 }
 
 }  // namespace
