@@ -15,10 +15,6 @@ class BackwardDrain {
   __device__ void run() {
     Ring<Tile::kTurns ? Tile::kGroups : 1> turn;
     for (Ring<Tile::kNotes> at;; at.advance()) {
-      if constexpr (Tile::kOrdered) {  // while dQ is still being multiplied
-        mbarrier_wait(&shared_.note_full[at.index], at.parity);
-        await_turn(shared_.notes[at.index], shared_.turns[at.index]);
-      }
       mbarrier_wait(&shared_.grad_q_full[turn.index], turn.parity);
       const QueryNote note = shared_.notes[at.index];
       if ((note.flags & kNoMoreItems) != 0) break;
@@ -48,40 +44,8 @@ class BackwardDrain {
     bulk_commit();
   }
 
-  /// The counter of this block of queries.
-  __device__ std::uint32_t* turn_at(const QueryNote& note) const {
-    const std::int64_t head = std::int64_t{note.batch} * params_.q_heads + note.head;
-    return params_.turns + head * params_.turn_rows + note.q_begin / 16;
-  }
-
-  __device__ static std::uint32_t turn_of(const std::uint32_t* counter) {
-    std::uint32_t turn = 0;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(counter) : "memory");
-    return turn;
-  }
-
-  /// Passes on the turn of the block before, then waits for this one's.
-  __device__ void await_turn(const QueryNote& note, std::uint32_t turn) {
-    pass_turn();
-    if ((note.flags & kNoMoreItems) != 0) return;
-    passed_ = turn_at(note);
-    while (turn_of(passed_) != turn) continue;
-    next_turn_ = turn + 1;
-    fence_async_global();
-  }
-
-  /// Only once the block's additions are complete; that the copy engine has read their source is
-  /// not enough. To have seen the completion orders them before the store (PTX ISA, async proxy).
-  __device__ void pass_turn() {
-    if (passed_ == nullptr) return;
-    bulk_wait<0>();
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(passed_), "r"(next_turn_) : "memory");
-  }
-
   const BackwardParams& params_;
   SharedBackward<Tile>& shared_;
-  std::uint32_t* passed_ = nullptr;  // counter of the last block whose turn came
-  std::uint32_t next_turn_ = 0;
 };
 
 }  // namespace annulus::kernels::sm90

@@ -3,6 +3,7 @@
 #include "kernels/sm90/backward_drain.cuh"
 #include "kernels/sm90/backward_groups.cuh"
 #include "kernels/sm90/backward_keys.cuh"
+#include "kernels/sm90/backward_ordered_drain.cuh"
 #include "kernels/sm90/backward_producer.cuh"
 #include "kernels/sm90/backward_queries.cuh"
 #include "kernels/sm90/backward_rows.cuh"
@@ -58,9 +59,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     shrink_registers<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) BackwardProducer<Tile>(params, shared).run();
-    if (threadIdx.x == 32) BackwardScheduler<Tile>(params, shared).run();
+    if constexpr (!Tile::kOrdered) {
+      if (threadIdx.x == 32) BackwardScheduler<Tile>(params, shared).run();
+      if constexpr (Tile::kDrained) {
+        if (threadIdx.x == 64) BackwardDrain<Tile>(params, shared).run();
+      }
+    } else if constexpr (Tile::kDrained) {
+      if (threadIdx.x == 32) OrderedDrain<Tile>(params, shared, 0).run();
+      if (!Tile::kTurns && threadIdx.x == 64) OrderedDrain<Tile>(params, shared, 1).run();
+    }
     if constexpr (Tile::kDrained) {
-      if (threadIdx.x == 64) BackwardDrain<Tile>(params, shared).run();
       if (threadIdx.x >= 96) BackwardRows<Tile>(params, shared).run();
     }
   } else if (!Tile::kDrained && warpgroup == 3) {

@@ -37,7 +37,8 @@ struct BackwardParams {
   unsigned* ticket;  // 0 before and after each launch
 
   // Deterministic: who may add to 16 rows of dQ next, by (batch, head, row / 16, block of a
-  // cluster); else null. Blocks of queries then start at multiples of their size.
+  // cluster), or, where halves of dQ's columns have turns of their own, to a block of queries by
+  // the counters of its first rows; else null. Blocks then start at multiples of their size.
   std::uint32_t* turns;
   std::int32_t turn_rows;
 

@@ -24,7 +24,6 @@ class BackwardProducer {
       if constexpr (!Tile::kOrdered) ask_for_work();
       load_keys(item);
       load_queries(item);
-      if constexpr (Tile::kOrdered) ask_for_work();
       item = take_work();
     }
     mbarrier_wait(&shared_.q_empty[ring_.index], ring_.parity ^ 1);
@@ -40,11 +39,15 @@ class BackwardProducer {
   using Element = typename Tile::Element;
 
   __device__ KeyItem take_work() {
-    mbarrier_wait(&shared_.work_full, work_parity_);
-    work_parity_ ^= 1;
-    const KeyItem item = shared_.work;
-    __syncwarp();
-    return item;
+    if constexpr (Tile::kOrdered) {
+      return take_ordered_work<Tile>(params_);
+    } else {
+      mbarrier_wait(&shared_.work_full, work_parity_);
+      work_parity_ ^= 1;
+      const KeyItem item = shared_.work;
+      __syncwarp();
+      return item;
+    }
   }
 
   __device__ void ask_for_work() {

@@ -81,6 +81,23 @@ __device__ inline std::uint32_t turn_of(const BackwardParams& params, const KeyI
   return __reduce_add_sync(0xffffffffU, static_cast<unsigned>(earlier));
 }
 
+/// In order: what the next ticket that has work stands for, or one past the last, for all lanes of
+/// a warp. Only what runs holds a ticket, so that who waits for a turn waits for blocks that run.
+template <typename Tile>
+__device__ inline KeyItem take_ordered_work(const BackwardParams& params) {
+  while (true) {
+    unsigned taken = 0;
+    if (threadIdx.x % 32 == 0) {
+      taken = atomicAdd(params.ticket, 1U);
+      // The launch takes `tickets` tickets in all and a failing one for each block.
+      if (taken == static_cast<unsigned>(params.tickets) + gridDim.x - 1) *params.ticket = 0;
+    }
+    const KeyItem item =
+        key_item<Tile>(params, __shfl_sync(0xffffffffU, static_cast<int>(taken), 0), Tile::kKeys);
+    if (item.ticket >= params.tickets || item.blocks > 0) return item;
+  }
+}
+
 template <typename Tile>
 class BackwardScheduler {
  public:
@@ -100,9 +117,6 @@ class BackwardScheduler {
         mbarrier_arrive(&shared_.work_full);
       }
       if (last) return;
-      if constexpr (Tile::kOrdered) {
-        if (item.blocks > 0) mbarrier_wait(&shared_.work_empty, parity);
-      }
       const unsigned taken = atomicAdd(params_.ticket, 1U);
       // The launch takes `tickets` tickets in all, one of them failing for each block.
       if (taken == static_cast<unsigned>(params_.tickets) - 1U) *params_.ticket = 0;
