@@ -147,7 +147,7 @@ class DecodePages : DecodeQuads<Rows> {
 std::int64_t scratch_on_target(const DecodeProblem& problem, std::int64_t queries) {
   std::int64_t floats = DecodePages<RowsF32>::scratch_floats(problem, queries);
 #if ANNULUS_PAIRS
-  floats += DecodeHeads<0>::scratch_floats(problem, queries);
+  floats += DecodeHeads<RowsFloats, 0>::scratch_floats(problem, queries);
 #endif
   return floats;
 }
@@ -163,10 +163,13 @@ bool o_stays_near(const DecodeProblem& problem, const DecodeBlock& block) {
 void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
                       std::span<const AttentionState> partials, Scratch& scratch) {
 #if ANNULUS_PAIRS
+  // In f32 no dot product is used, but this way was measured only on processors that have it.
+  const bool by_heads = cpu::dot_decode() == cpu::DotDecode::heads;
+  if (problem.q.dtype == DType::f32 && by_heads && cpu::has_bf16_dots()) {
+    return decode_heads<RowsFloats>(problem, block, partials, scratch);
+  }
   if (uses_bf16_dots(problem.q.dtype)) {
-    if (cpu::dot_decode() == cpu::DotDecode::heads) {
-      return decode_heads(problem, block, partials, scratch);
-    }
+    if (by_heads) return decode_heads<RowsByBlocks>(problem, block, partials, scratch);
     if (o_stays_near(problem, block)) return decode_pairs(problem, block, partials, scratch);
   }
 #endif

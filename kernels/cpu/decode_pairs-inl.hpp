@@ -222,7 +222,7 @@ class DecodePairs : PairQuads<RowsByParity> {
       if (step == 0) ask<Level::l1>(line);
       if (step == 2) ask<Level::l1>(line + kLineBytes);
     };
-    score_pair<kColumns>(k.rows(), k_.columns, q, ask_beside, s);
+    score_pair<RowsByParity, kColumns>(k.rows(), k_.columns, q, ask_beside, s);
   }
 
   // Each weight in the place of the products that it comes from.

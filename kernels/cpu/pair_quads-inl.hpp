@@ -1,5 +1,6 @@
-// What decode attention in bf16 through the dot product of vectors is made of: products of keys by
-// pairs of tokens, softmax of a tile, and where the next lines of memory are.
+// What decode attention with lines asked for in the order of memory is made of: products of keys by
+// pairs of tokens, in bf16 through the dot product of vectors, softmax of a tile, and where the
+// next lines of memory are.
 #if defined(ANNULUS_CPU_PAIR_QUADS_INL) == defined(HWY_TARGET_TOGGLE)
 #ifdef ANNULUS_CPU_PAIR_QUADS_INL
 #undef ANNULUS_CPU_PAIR_QUADS_INL
@@ -24,20 +25,6 @@ namespace annulus::kernels::HWY_NAMESPACE {
 /// Columns of a line of memory.
 inline constexpr std::int64_t kLineColumns = 32;
 inline constexpr std::int64_t kLineBytes = 64;
-
-/// Q as it is.
-struct RowsPairs {
-  static std::int64_t query_stride(std::int64_t dim) { return round_up(dim, kLineColumns) / 2; }
-  static void store_query(std::span<const float> row, float, float* to) {
-    for (std::size_t d = 0; d < row.size(); ++d) {
-      std::uint32_t bits = 0;
-      std::memcpy(&bits, &row[d], sizeof(bits));
-      const auto half = static_cast<std::uint16_t>(bits >> 16U);
-      std::memcpy(reinterpret_cast<char*>(to) + d * sizeof(half), &half, sizeof(half));
-    }
-  }
-  static constexpr std::int64_t kBytes = 2;
-};
 
 /// Where lines of memory are brought to.
 enum class Level : std::uint8_t { l1, l2 };
@@ -86,29 +73,50 @@ HWY_INLINE FloatVec dot(FloatVec a, FloatVec b, FloatVec sum) {
   return add_product<Elements::bf16_pairs>(a, b, sum);
 }
 
+/// Q as it is, and rows of pairs of bf16.
+struct RowsPairs {
+  static constexpr std::int64_t kBytes = 2;
+  static constexpr std::int64_t kColumnsOfLine = kLineColumns;
+  static std::int64_t query_stride(std::int64_t dim) { return round_up(dim, kLineColumns) / 2; }
+  static void store_query(std::span<const float> row, float, float* to) {
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      std::uint32_t bits = 0;
+      std::memcpy(&bits, &row[d], sizeof(bits));
+      const auto half = static_cast<std::uint16_t>(bits >> 16U);
+      std::memcpy(reinterpret_cast<char*>(to) + d * sizeof(half), &half, sizeof(half));
+    }
+  }
+  static HWY_INLINE __m512i load(const char* row, std::int64_t column, std::int64_t columns) {
+    return load_line(row, column, columns);
+  }
+  static HWY_INLINE FloatVec multiply(FloatVec a, FloatVec b, FloatVec sum) {
+    return dot(a, b, sum);
+  }
+};
+
 /// Products of a quad with two keys, in parts: blocks 0 and 1 of x are those of the even key,
 /// [row], 2 and 3 those of the odd one. Calls ask_beside(column, step) before the lines of a column
 /// and after each row, to ask for memory.
-template <int kColumns, class AskBeside>
+template <class Rows, int kColumns, class AskBeside>
 HWY_INLINE void score_pair(const RowPair& k, std::int64_t any_columns, const float* HWY_RESTRICT q,
                            const AskBeside& ask_beside, float* HWY_RESTRICT x) {
   const Floats d;
   const std::int64_t columns = columns_of<kColumns>(any_columns);
-  const std::int64_t q_stride = RowsPairs::query_stride(columns);
+  const std::int64_t q_stride = Rows::query_stride(columns);
   FloatVec even[kQuad];
   FloatVec odd[kQuad];
   HWY_UNROLL(4)
   for (int r = 0; r < kQuad; ++r) even[r] = odd[r] = hn::Zero(d);
   HWY_UNROLL(4)
-  for (std::int64_t column = 0; column < columns; column += kLineColumns) {
+  for (std::int64_t column = 0; column < columns; column += Rows::kColumnsOfLine) {
     ask_beside(column, 0);
-    const FloatVec k_even = as_floats(load_line(k.even, column, columns));
-    const FloatVec k_odd = as_floats(load_line(k.odd, column, columns));
+    const FloatVec k_even = as_floats(Rows::load(k.even, column, columns));
+    const FloatVec k_odd = as_floats(Rows::load(k.odd, column, columns));
     HWY_UNROLL(4)
     for (int r = 0; r < kQuad; ++r) {
-      const FloatVec of_q = hn::Load(d, q + r * q_stride + column / 2);
-      even[r] = dot(k_even, of_q, even[r]);
-      odd[r] = dot(k_odd, of_q, odd[r]);
+      const FloatVec of_q = hn::Load(d, q + r * q_stride + column * Rows::kBytes / 4);
+      even[r] = Rows::multiply(k_even, of_q, even[r]);
+      odd[r] = Rows::multiply(k_odd, of_q, odd[r]);
       ask_beside(column, r + 1);
     }
   }
@@ -131,11 +139,11 @@ HWY_NOINLINE void add_kept(const char* row, std::int64_t columns, const float* p
   for (std::int64_t r = 0; r < kQuad; ++r) {
     if (p[r] == 0.0F) continue;
     const FloatVec weight = hn::Set(d, p[r]);
-    for (std::int64_t column = 0; column < columns; column += kLineColumns) {
+    for (std::int64_t column = 0; column < columns; column += Rows::kColumnsOfLine) {
       FloatVec value[2];
-      Rows::widen(load_line(row, column, columns), value);
+      Rows::widen(Rows::load(row, column, columns), value);
       float* at = o + r * o_stride + column;
-      for (int c = 0; c < 2; ++c, at += kLanes) {
+      for (int c = 0; c < Rows::kColumnsOfLine / kLanes; ++c, at += kLanes) {
         hn::Store(hn::MulAdd(weight, value[c], hn::Load(d, at)), d, at);
       }
     }
