@@ -188,8 +188,12 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   if (call.deterministic) {
     section = std::max(section, units_for_turns(query_blocks, chunk, processors));
   }
-  params.section_units =
-      static_cast<std::int32_t>(std::clamp<std::int64_t>(section, 1, params.units));
+  section = std::clamp<std::int64_t>(section, 1, params.units);
+  if (call.deterministic) {  // evenly: blocks of a short last one would wait
+    const std::int64_t sections = params.units / section;
+    section = (params.units + sections - 1) / sections;
+  }
+  params.section_units = narrow(section);
   params.tickets = narrow(std::int64_t{params.entries} * params.units);
 }
 
