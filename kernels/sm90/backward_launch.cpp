@@ -16,8 +16,10 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr std::int64_t kLongPass = 32;   // blocks of queries, beside which its end is short
-constexpr std::int64_t kTurnBlocks = 4;  // of queries pass while an addition and its turn do
+constexpr std::int64_t kLongPass = 32;     // blocks of queries, beside which its end is short
+constexpr std::int64_t kTurnBlocks = 4;    // of queries pass while an addition and its turn do
+constexpr std::int64_t kDriftRows = 4096;  // of a pass
+constexpr std::int64_t kDriftBytes = 768;  // of one of them: Q, dO and dQ of 96 columns
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of queries in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -147,6 +149,21 @@ std::int64_t units_for_turns(std::int64_t query_blocks, std::int64_t chunk, int 
   return processors * kTurnBlocks / std::max<std::int64_t>(query_blocks * chunk, 1);
 }
 
+/// Of Q, dO and dQ in a row of a pass.
+std::int64_t row_bytes(const AttentionProblem& problem) {
+  return problem.head_dim() * 6 + problem.value_dim() * 2;
+}
+
+/// Whether all passes are alike, in no fixed order, and too large for those that are under way
+/// together to keep together for long.
+bool passes_drift(const BackwardCall& call, const ForwardWork& work, const BackwardVariant& variant,
+                  std::int64_t chunk_heads) {
+  const std::int64_t blocks = equal_blocks(work, static_cast<std::int32_t>(variant.keys),
+                                           static_cast<std::int32_t>(variant.queries));
+  return !call.deterministic && blocks * variant.queries * chunk_heads >= kDriftRows &&
+         row_bytes(call.problem) >= kDriftBytes;
+}
+
 /// A chunk of query heads shares one pass over a block of keys, which saves loads and additions of
 /// dK and dV; fewer than the group where the pass is long enough without, since passes of unequal
 /// length drift apart from head to head and no longer find each other's queries in L2, and where
@@ -180,11 +197,14 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   params.units = work.per_batch ? params.batch_units
                                 : narrow(std::int64_t{params.batch_units} * problem.batch());
   params.entries = work.rows();
-  const std::int64_t bytes = std::max<std::int64_t>(
-      problem.seq_q() * chunk * (problem.head_dim() * 6 + problem.value_dim() * 2), 1);
+  const std::int64_t bytes =
+      std::max<std::int64_t>(problem.seq_q() * chunk * row_bytes(problem), 1);
   const std::int64_t pass_rows = call.deterministic ? 0 : query_blocks * chunk * variant.queries;
-  std::int64_t section = std::max(
-      kSectionBytes / bytes, processors * std::int64_t{variant.keys} / keys_together(pass_rows));
+  const bool drift = passes_drift(call, work, variant, chunk);
+  std::int64_t section = std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} /
+                                                             keys_together(pass_rows, drift));
+  // Rather twice as many at once than two sections.
+  if (drift && pass_rows <= kLongPassRows && params.units <= 2 * section) section = params.units;
   if (call.deterministic) {
     section = std::max(section, units_for_turns(query_blocks, chunk, processors));
   }

@@ -19,6 +19,13 @@ std::int64_t queries_met(const TileSlice& slice, std::int64_t k_begin, std::int6
   return std::max<std::int64_t>(end - begin, 0);
 }
 
+/// Blocks of queries of the slice that see some key of the block.
+std::int64_t blocks_met(const TileSlice& slice, std::int32_t k_begin, std::int32_t block_keys,
+                        std::int32_t queries) {
+  const std::int32_t k_end = std::min(k_begin + block_keys, slice.k_end);
+  return (queries_met(slice, k_begin, k_end) + queries - 1) / queries;
+}
+
 /// Slices by the run of keys [begin, end) between two bounds that they cover.
 TileSlice slice_of_run(const Slice& slice, std::int64_t begin, std::int64_t end) {
   return {static_cast<std::int32_t>(slice.q.begin),
@@ -129,17 +136,26 @@ std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
   for (const TileEntry& entry : work.entries) {
     for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
       const TileSlice& slice = work.slices[static_cast<std::size_t>(i)];
-      const std::int64_t k_end = std::min(entry.q_begin + block_keys, slice.k_end);
-      blocks += (queries_met(slice, entry.q_begin, k_end) + queries - 1) / queries;
+      blocks += blocks_met(slice, entry.q_begin, block_keys, queries);
     }
   }
   return blocks;
 }
 
-std::int64_t keys_together(std::int64_t pass_rows) {
-  constexpr std::int64_t fewest = 512;
-  constexpr std::int64_t long_pass = 20 * 1024;
-  return pass_rows <= long_pass ? fewest : pass_rows / 8;
+std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std::int32_t queries) {
+  std::int64_t equal = 0;
+  for (const TileEntry& entry : work.entries) {
+    const TileSlice& slice = work.slices[static_cast<std::size_t>(entry.slice_begin)];
+    const std::int64_t blocks = blocks_met(slice, entry.q_begin, block_keys, queries);
+    if (entry.slice_end - entry.slice_begin != 1 || (equal != 0 && blocks != equal)) return 0;
+    equal = blocks;
+  }
+  return equal;
+}
+
+std::int64_t keys_together(std::int64_t pass_rows, bool drift) {
+  if (pass_rows > kLongPassRows) return pass_rows / 8;
+  return drift ? 2048 : 512;
 }
 
 bool covers_all_keys(const ForwardWork& work, std::int64_t batch, std::int64_t seq_kv,

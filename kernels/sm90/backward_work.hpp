@@ -22,10 +22,17 @@ ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_
 std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
                                std::int32_t queries);
 
+/// Blocks of queries of a pass where all are the same: each block of keys has one slice and meets
+/// as many; else 0.
+std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std::int32_t queries);
+
+inline constexpr std::int64_t kLongPassRows = 20 * 1024;
+
 /// How many keys of a head should go through its queries at the same time, in passes of `pass_rows`
 /// rows. Blocks of keys that keep together find Q, dO and dQ in L2, and many add to dQ at a lower
-/// rate; but the longer a pass, the further few of them drift apart. Measured on an H200, D = 128.
-std::int64_t keys_together(std::int64_t pass_rows);
+/// rate; but the longer a pass, the further few of them `drift` apart, those that all begin at the
+/// same query in shorter passes already. Measured on an H200, D = 128.
+std::int64_t keys_together(std::int64_t pass_rows, bool drift);
 
 /// Whether each of the `seq_kv` keys of each of `batch` rows lies in a block, and the blocks' ends,
 /// but for the last, at multiples of `box` keys from their beginnings.

@@ -184,11 +184,23 @@ TEST(BackwardWork, CountsBlocksOfQueries) {
 }
 
 TEST(BackwardWork, KeepsMoreKeysTogetherInLongerPasses) {
-  EXPECT_EQ(keys_together(0), 512);
-  EXPECT_EQ(keys_together(16 * 1024), 512);
-  EXPECT_EQ(keys_together(32 * 1024), 4096);
-  EXPECT_EQ(keys_together(64 * 1024), 8192);
-  EXPECT_EQ(keys_together(std::int64_t{1} << 40), std::int64_t{1} << 37);
+  for (const bool drift : {false, true}) {
+    EXPECT_EQ(keys_together(16 * 1024, drift), drift ? 2048 : 512);
+    EXPECT_EQ(keys_together(32 * 1024, drift), 4096);
+    EXPECT_EQ(keys_together(64 * 1024, drift), 8192);
+    EXPECT_EQ(keys_together(std::int64_t{1} << 40, drift), std::int64_t{1} << 37);
+  }
+}
+
+TEST(BackwardWork, KnowsWhetherPassesAreEqual) {
+  const auto blocks = [](std::vector<Slice> slices) {
+    return equal_blocks(plan_backward({slices, {}}, 1, 128, BlockOrder::most_queries_first), 128,
+                        80);
+  };
+  EXPECT_EQ(blocks({{{0, 1000}, {0, 900}, {}}}), 13);
+  EXPECT_EQ(blocks({{{100, 200}, {0, 900}, {}}, {{300, 400}, {1000, 1100}, {}}}), 2);
+  EXPECT_EQ(blocks({{{100, 200}, {0, 900}, {}}, {{300, 400}, {0, 900}, {}}}), 0);
+  EXPECT_EQ(blocks({{{0, 1000}, {0, 900}, {-kUnbounded, 0}}}), 0);
 }
 
 TEST(BackwardWork, LeavesOutKeysWithoutQueries) {
