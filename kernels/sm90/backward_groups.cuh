@@ -420,7 +420,7 @@ class BackwardGroup {
       named_barrier_sync(kGroupBarrier + group_, 128);
       if (threadIdx.x % 128 == 0) {
         const int row = item.k_begin + group_ * 64;
-        if (!params_.overwrites_kv) {
+        if (item.overwrites_kv == 0) {
           tma_reduce_add(map, staged, piece * 32, row, item.kv_head, item.batch);
         } else if (row < item.k_end) {
           tma_store(map, staged, piece * 32, row, item.kv_head, item.batch);

@@ -115,14 +115,14 @@ class BackwardKeys {
     at_.kv.advance();
     const int key = item.k_begin + first_key_ + traded_row();
     const bool valid = key < item.k_end;
+    const bool overwrites = item.overwrites_kv != 0;
     if (params_.grad_k.data != nullptr) {
       add_rows(dk.values, params_.scale,
-               gradient_row(params_.grad_k, item.batch, key, item.kv_head), valid,
-               params_.overwrites_kv);
+               gradient_row(params_.grad_k, item.batch, key, item.kv_head), valid, overwrites);
     }
     if (params_.grad_v.data != nullptr) {
       add_rows(dv.values, 1.0F, gradient_row(params_.grad_v, item.batch, key, item.kv_head), valid,
-               params_.overwrites_kv);
+               overwrites);
     }
   }
 

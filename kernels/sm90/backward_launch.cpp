@@ -230,6 +230,50 @@ bool writes_all_keys(const BackwardParams& params, const BackwardCall& call,
                          static_cast<std::int32_t>(variant.key_box));
 }
 
+bool has_packed_rows(const TensorView& view) {
+  return !view ||
+         (view.strides[2] == view.shape[3] && view.strides[1] == view.shape[2] * view.shape[3]);
+}
+
+void clear_keys(const TensorView& grad, Span rows, Stream stream) {
+  if (!grad) return;
+  for (std::int64_t b = 0; b < grad.shape[0]; ++b) {
+    clear(grad.slice(0, {b, b + 1}).slice(1, rows), stream);
+  }
+}
+
+/// Cuts the last blocks of keys. Their dK and dV, of several passes each, are cleared where the
+/// others' are overwritten. A section of passes that keep together, with others after it, is left
+/// alone: they would no longer do so.
+void cut_tail(BackwardParams& params, const BackwardCall& call, ForwardWork& work,
+              const BackwardVariant& variant, int processors) {
+  const auto keys = static_cast<std::int32_t>(variant.keys);
+  const auto queries = static_cast<std::int32_t>(variant.queries);
+  params.whole_entries = params.entries;
+  if (call.deterministic || variant.cluster > 1 || work.per_batch ||
+      (params.units > params.section_units &&
+       !passes_drift(call, work, variant, params.chunk_heads)) ||
+      (params.overwrites_kv && !(has_packed_rows(call.grad_k) && has_packed_rows(call.grad_v)))) {
+    return;
+  }
+  const std::int32_t last_units = (params.units - 1) % params.section_units + 1;
+  const TailCut cut = cut_last_keys(work, params.units, last_units, keys, queries, processors);
+  if (cut.pieces == 1) return;
+  for (auto i = static_cast<std::size_t>(cut.whole);
+       params.overwrites_kv && i < work.entries.size();) {
+    Span rows{work.entries[i].q_begin, work.entries[i].q_begin};
+    for (; i < work.entries.size() && work.entries[i].q_begin == rows.end; ++i) {
+      rows.end = std::min(rows.end + keys, call.problem.seq_kv());
+    }
+    clear_keys(call.grad_k, rows, call.stream);
+    clear_keys(call.grad_v, rows, call.stream);
+  }
+  cut_entries(work, cut, keys, queries);
+  params.whole_entries = cut.whole;
+  params.entries = work.rows();
+  params.tickets = narrow(std::int64_t{params.entries} * params.units);
+}
+
 ForwardWork plan(const BackwardCall& call, const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
   if (problem.batch() == 0 || problem.seq_q() == 0 || problem.seq_kv() == 0 ||
@@ -245,7 +289,7 @@ ForwardWork plan(const BackwardCall& call, const BackwardVariant& variant) {
 
 void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
   const AttentionProblem& problem = call.problem;
-  const ForwardWork work = plan(call, variant);
+  ForwardWork work = plan(call, variant);
   const int clusters = multiprocessors() / variant.cluster;
   BackwardParams params{};
   if (!work.entries.empty()) set_units(params, call, work, variant, clusters);
@@ -262,6 +306,7 @@ void launch_backward(const BackwardCall& call, const BackwardVariant& variant) {
                             {call.grad_v, "grad_v", call.stream}};
   set_tensors(params, call, variant, gradients);
   set_scale(params, problem);
+  cut_tail(params, call, work, variant, clusters);
   const WorkTables tables = work_tables(work, stream);
   params.slice_table = tables.slices;
   params.entry_table = tables.entries;

@@ -51,6 +51,9 @@ struct BackwardParams {
   float score_scale;  // with a soft cap: scale / cap
   float exp_scale;    // log2(e) times scale, or times cap
   float scale;        // of dQ and dK
+
+  // From this entry on several share a block of keys, and add to its dK and dV in any case.
+  std::int32_t whole_entries;
 };
 
 }  // namespace annulus::kernels::sm90

@@ -92,8 +92,9 @@ __device__ inline KeyItem take_ordered_work(const BackwardParams& params) {
       // The launch takes `tickets` tickets in all and a failing one for each block.
       if (taken == static_cast<unsigned>(params.tickets) + gridDim.x - 1) *params.ticket = 0;
     }
-    const KeyItem item =
+    KeyItem item =
         key_item<Tile>(params, __shfl_sync(0xffffffffU, static_cast<int>(taken), 0), Tile::kKeys);
+    item.overwrites_kv = params.overwrites_kv ? 1 : 0;
     if (item.ticket >= params.tickets || item.blocks > 0) return item;
   }
 }
@@ -108,11 +109,12 @@ class BackwardScheduler {
     int ticket = static_cast<int>(blockIdx.x);
     std::uint32_t parity = 1;  // of the release of the slot before
     while (true) {
-      const KeyItem item = key_item<Tile>(params_, ticket, Tile::kKeys);
+      KeyItem item = key_item<Tile>(params_, ticket, Tile::kKeys);
       const bool last = ticket >= params_.tickets;
       if (last || item.blocks > 0) {
         mbarrier_wait(&shared_.work_empty, parity);
         parity ^= 1;
+        item.overwrites_kv = params_.overwrites_kv && item.entry < params_.whole_entries ? 1 : 0;
         shared_.work = item;
         mbarrier_arrive(&shared_.work_full);
       }

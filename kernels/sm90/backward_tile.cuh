@@ -89,7 +89,8 @@ struct alignas(16) QueryNote {
 struct alignas(16) KeyItem {
   std::int32_t ticket, blocks, k_begin, k_end;
   std::int32_t batch, kv_head, head_begin, head_end;
-  std::int32_t slice_begin, slice_end, entry, reserved;
+  std::int32_t slice_begin, slice_end, entry;
+  std::int32_t overwrites_kv;  // else added to; not set for pairs of blocks
 };
 
 template <typename Tile>

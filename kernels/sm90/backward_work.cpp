@@ -1,6 +1,7 @@
 #include "kernels/sm90/backward_work.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace annulus::kernels::sm90 {
@@ -24,6 +25,28 @@ std::int64_t blocks_met(const TileSlice& slice, std::int32_t k_begin, std::int32
                         std::int32_t queries) {
   const std::int32_t k_end = std::min(k_begin + block_keys, slice.k_end);
   return (queries_met(slice, k_begin, k_end) + queries - 1) / queries;
+}
+
+/// When the last of `pieces` jobs of length `piece` is done, which workers take as soon as they
+/// have done the `tiles` jobs of length `whole` before.
+double end_of_pieces(std::int64_t tiles, double whole, std::int64_t pieces, double piece,
+                     std::int64_t workers) {
+  const double early = static_cast<double>(tiles / workers) * whole;
+  const std::int64_t late_workers = tiles % workers;
+  const double late = late_workers > 0 ? early + whole : early;
+  if (pieces == 0) return late;
+  const auto done = [&](double since) { return std::max(std::floor(since / piece + 1e-6), 0.0); };
+  const auto enough = [&](double end) {
+    return static_cast<double>(workers - late_workers) * done(end - early) +
+               static_cast<double>(late_workers) * done(end - late) >=
+           static_cast<double>(pieces);
+  };
+  double end = early + std::max(1.0, std::floor(static_cast<double>(pieces / workers))) * piece;
+  while (!enough(end)) {
+    const double next_early = early + (done(end - early) + 1.0) * piece;
+    end = std::min(next_early, late + (done(end - late) + 1.0) * piece);
+  }
+  return std::max(end, late);
 }
 
 /// Slices by the run of keys [begin, end) between two bounds that they cover.
@@ -151,6 +174,56 @@ std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std:
     equal = blocks;
   }
   return equal;
+}
+
+TailCut cut_last_keys(const ForwardWork& work, std::int32_t units, std::int32_t last_units,
+                      std::int32_t block_keys, std::int32_t queries, std::int32_t processors) {
+  constexpr double ends = 2.0;        // of a pass, in blocks of queries
+  constexpr double least_gain = .02;  // less was lost again, to passes that no longer keep together
+  constexpr std::int64_t most_pieces = 16;
+  const std::int64_t blocks = equal_blocks(work, block_keys, queries);
+  const std::int32_t entries = work.rows();
+  const std::int64_t tickets = std::int64_t{entries} * units;
+  const double whole = static_cast<double>(blocks) + ends;
+  TailCut best{entries, 1};
+  double least = end_of_pieces(tickets, whole, 0, whole, processors) * (1.0 - least_gain);
+  const std::int32_t most_cut = std::min(entries, 2 * processors / last_units + 1);
+  for (std::int32_t cut = 1; cut <= most_cut; ++cut) {
+    for (std::int64_t pieces = 2; pieces <= std::min(blocks, most_pieces); ++pieces) {
+      const std::int64_t length = (blocks + pieces - 1) / pieces;
+      if ((pieces - 1) * length >= blocks) continue;  // one less would do
+      const std::int64_t last = std::int64_t{cut} * last_units;
+      const std::int64_t earlier = std::int64_t{cut} * (units - last_units);
+      const double end = end_of_pieces(tickets - last, whole, last * pieces,
+                                       static_cast<double>(length) + ends, processors) +
+                         static_cast<double>(earlier * (pieces - 1)) * ends / processors;
+      if (end >= least) continue;
+      least = end;
+      best = {entries - cut, static_cast<std::int32_t>(pieces)};
+    }
+  }
+  return best;
+}
+
+void cut_entries(ForwardWork& work, const TailCut& cut, std::int32_t block_keys,
+                 std::int32_t queries) {
+  const std::vector<TileEntry> last(work.entries.begin() + cut.whole, work.entries.end());
+  work.entries.resize(static_cast<std::size_t>(cut.whole));
+  for (std::int32_t piece = 0; piece < cut.pieces; ++piece) {
+    for (const TileEntry& entry : last) {
+      TileSlice slice = work.slices[static_cast<std::size_t>(entry.slice_begin)];
+      const std::int32_t k_end = std::min(entry.q_begin + block_keys, slice.k_end);
+      const std::int64_t blocks = blocks_met(slice, entry.q_begin, block_keys, queries);
+      const auto length = static_cast<std::int32_t>((blocks + cut.pieces - 1) / cut.pieces);
+      const std::int32_t begin =
+          std::max(slice.q_begin, entry.q_begin - slice.hi) + piece * length * queries;
+      slice.q_end = std::min({slice.q_end, k_end - slice.lo, begin + length * queries});
+      slice.q_begin = begin;
+      const auto at = static_cast<std::int32_t>(work.slices.size());
+      work.slices.push_back(slice);
+      work.entries.push_back({entry.q_begin, entry.batch, at, at + 1});
+    }
+  }
 }
 
 std::int64_t keys_together(std::int64_t pass_rows, bool drift) {

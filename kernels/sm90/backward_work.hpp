@@ -22,6 +22,17 @@ ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_
 std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
                                std::int32_t queries);
 
+/// How the last blocks of keys of a launch are cut by their queries, so that its thread blocks end
+/// together, where `units` units go through each and all passes are the same; else not at all.
+/// The last `last_units` of the units come after the others.
+TailCut cut_last_keys(const ForwardWork& work, std::int32_t units, std::int32_t last_units,
+                      std::int32_t block_keys, std::int32_t queries, std::int32_t processors);
+
+/// Puts in the place of the entries after cut.whole their pieces by whole blocks of `queries`
+/// queries, the first pieces of all first, because they read the same queries.
+void cut_entries(ForwardWork& work, const TailCut& cut, std::int32_t block_keys,
+                 std::int32_t queries);
+
 /// Blocks of queries of a pass where all are the same: each block of keys has one slice and meets
 /// as many; else 0.
 std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std::int32_t queries);

@@ -201,6 +201,21 @@ TEST_F(Sm90Backward, OverwritesKeyGradients) {
   }
 }
 
+// Too few blocks of keys for the device: each is cut by its queries, of which the last are fewer.
+TEST_F(Sm90Backward, AddsThePiecesOfACutPass) {
+  for (const std::int64_t head_dim : {64, 96, 128}) {
+    std::vector<std::unique_ptr<BackwardProblem>> problems;
+    for (const bool overwrites : {false, true}) {
+      BackwardCase c{2, 1000, 300, 2, 2, head_dim, head_dim, DType::bf16};
+      c.overwrites_kv = overwrites;
+      const std::vector<Slice> full{{{0, 1000}, {0, 300}, {}}};
+      problems.push_back(std::make_unique<BackwardProblem>(c, full, std::random_device{}()));
+    }
+    expect_right(problems);
+    if (HasFatalFailure()) return;
+  }
+}
+
 // A slice none of whose queries sees a block of keys, though a block of queries begins before both.
 TEST_F(Sm90Backward, DeterministicModePassesOverSlicesWithoutPairs) {
   for (const std::int64_t head_dim : {64, 96, 128, 192, 256}) {

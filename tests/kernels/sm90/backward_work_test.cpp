@@ -183,6 +183,42 @@ TEST(BackwardWork, CountsBlocksOfQueries) {
   EXPECT_EQ(blocks_of_queries(work, 128, 80), blocks);
 }
 
+TailCut cut_of_full(std::int64_t seq_q, std::int64_t seq_kv, std::int32_t units,
+                    std::int32_t last_units) {
+  const std::vector<Slice> slices{{{0, seq_q}, {0, seq_kv}, {}}};
+  const ForwardWork work = plan_backward({slices, {}}, 1, 128, BlockOrder::most_queries_first);
+  return cut_last_keys(work, units, last_units, 128, 80, 132);
+}
+
+TEST(BackwardWork, CutsTheLastKeysWhereThatPays) {
+  // 16 heads of 16k tokens: 15.5 waves of blocks, 205 blocks of queries each.
+  const TailCut cut = cut_of_full(16384, 16384, 16, 16);
+  EXPECT_EQ(cut.whole, 123);
+  EXPECT_EQ(cut.pieces, 9);
+  EXPECT_EQ(cut_of_full(16384, 132 * 128, 16, 16).pieces, 1);  // no tail
+  EXPECT_EQ(cut_of_full(160, 16384, 16, 16).pieces, 1);        // short passes
+  EXPECT_EQ(cut_of_full(16384, 128, 8, 8).whole, 0);
+  EXPECT_EQ(cut_of_full(16384, 128, 8, 8).pieces, 16);
+  EXPECT_EQ(cut_of_full(16384, 16384, 64, 8).pieces, 1);   // 62.1 waves: too little
+  EXPECT_EQ(cut_of_full(32768, 32768, 16, 4).whole, 255);  // 31.03
+  const std::vector<Slice> causal{{{0, 16384}, {0, 16384}, {-kUnbounded, 0}}};
+  const ForwardWork work = plan_backward({causal, {}}, 1, 128, BlockOrder::most_queries_first);
+  EXPECT_EQ(cut_last_keys(work, 16, 16, 128, 80, 132).pieces, 1);
+}
+
+TEST(BackwardWork, CutsEntriesIntoPiecesThatCoverEachPairOnce) {
+  for (const auto& [seq_q, pieces] : {std::pair{500, 3}, {481, 4}, {80, 1}, {1000, 13}}) {
+    const std::vector<Slice> slices{{{7, 7 + seq_q}, {5, 300}, {}}};
+    ForwardWork work = plan_backward({slices, {}}, 1, 128, BlockOrder::most_queries_first);
+    const auto whole = covered(work, 0, 128);
+    cut_entries(work, {1, pieces}, 128, 80);
+    EXPECT_EQ(covered(work, 0, 128), whole);
+    ASSERT_EQ(work.rows(), 1 + 2 * pieces);
+    EXPECT_EQ(work.entries[1].q_begin, 133);  // the first pieces of all first
+    EXPECT_EQ(work.entries[2].q_begin, 261);
+  }
+}
+
 TEST(BackwardWork, KeepsMoreKeysTogetherInLongerPasses) {
   for (const bool drift : {false, true}) {
     EXPECT_EQ(keys_together(16 * 1024, drift), drift ? 2048 : 512);
