@@ -1,6 +1,7 @@
 #include "sharding/document_deal.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <set>
 
@@ -11,6 +12,7 @@ using Chunk = SequenceLayout::Chunk;
 
 constexpr double kBalancedArea = 1.02;
 constexpr double kBalancedRows = 1.15;
+constexpr double kBalancedRowsOfOne = 1.25;  // of one document: a window's first rows see few keys
 
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
@@ -64,18 +66,20 @@ struct Loads {
     area[index(rank)] += more_area;
     rows[index(rank)] += more_rows;
   }
-  bool balanced() const {
-    return imbalance(area) <= kBalancedArea && imbalance(rows) <= kBalancedRows;
+  bool balanced(double most_rows = kBalancedRows) const {
+    return imbalance(area) <= kBalancedArea && imbalance(rows) <= most_rows;
   }
   std::vector<std::int64_t> area;
   std::vector<std::int64_t> rows;
 };
 
 // Cuts the sequence where the area reaches another rank's share: beside a document where one ends
-// about there, else within it.
+// about there, else within it, where that is the same at the end of a kernel's tile.
 std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& documents,
                                               std::int64_t copies, std::int64_t total, int ranks) {
-  constexpr double kSlack = 0.005;  // of a share, on either side
+  constexpr double kSlack = 0.005;      // of a share, on either side
+  constexpr double kTileSlack = 0.008;  // for a whole tile
+  constexpr std::int64_t kTileRows = 128;
   const double share = static_cast<double>(total) / ranks;
   std::vector<Chunk> chunks;
   Loads loads(ranks);
@@ -99,21 +103,28 @@ std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& docum
         cut(document.rows.end, after);
         break;
       }
+      const auto area_until = [&](std::int64_t row) {
+        return before + area_within(document, {document.rows.begin, row}, copies);
+      };
       // The first row at which the share is reached.
       Span rows = document.rows;
       while (rows.size() > 1) {
         const std::int64_t middle = rows.begin + rows.size() / 2;
-        const std::int64_t area =
-            before + area_within(document, {document.rows.begin, middle}, copies);
-        (static_cast<double>(area) < wanted ? rows.begin : rows.end) = middle;
+        const auto area = static_cast<double>(area_until(middle));
+        (area < wanted ? rows.begin : rows.end) = middle;
       }
-      if (rows.end <= begin) return std::nullopt;
-      cut(rows.end, before + area_within(document, {document.rows.begin, rows.end}, copies));
+      const std::int64_t whole_tiles = (rows.end + kTileRows / 2) / kTileRows * kTileRows;
+      const double off = std::abs(static_cast<double>(area_until(whole_tiles)) - wanted);
+      const bool is_near = whole_tiles < document.rows.end && off <= kTileSlack * share;
+      const std::int64_t end = is_near ? whole_tiles : rows.end;
+      if (end <= begin) return std::nullopt;
+      cut(end, area_until(end));
     }
     before = after;
   }
   while (rank < ranks) cut(rank + 1 == ranks ? documents.back().rows.end : begin, total);
-  if (!loads.balanced()) return std::nullopt;
+  const double most_rows = documents.size() > 1 ? kBalancedRows : kBalancedRowsOfOne;
+  if (!loads.balanced(most_rows)) return std::nullopt;
   return chunks;
 }
 
@@ -200,11 +211,12 @@ std::optional<std::vector<Chunk>> deal_documents(const MaskSlices& mask, std::in
                   [seq](const Slice& s) { return s.k.end <= seq && s.q.end <= seq; });
   if (!one_length) return std::nullopt;
   const std::vector<Document> documents = documents_of(mask, batch, seq);
-  if (documents.size() < 2 || ranks < 2) return std::nullopt;
+  if (documents.empty() || ranks < 2) return std::nullopt;
   const std::int64_t copies = mask.batch_offsets.empty() ? batch : 1;
   std::int64_t total = 0;
   for (const Document& document : documents) total += document.area;
   if (auto chunks = cut_by_area(documents, copies, total, ranks)) return chunks;
+  if (documents.size() < 2) return std::nullopt;
   const double share = static_cast<double>(total) / ranks;
   for (const double largest : {1.0, 0.5, 0.25, 0.125}) {
     for (const std::int64_t parts : {2, 8, 32}) {

@@ -174,6 +174,24 @@ TEST(SequenceLayout, DocumentsOfOneRankSendNothing) {
   EXPECT_EQ(rows_moved(layout, slices), 0);
 }
 
+TEST(SequenceLayout, WindowsAreCutIntoOneRunForEachRank) {
+  AttentionMask window;
+  window.causal = true;
+  window.window_left = 4096;
+  for (const int ranks : {2, 5, 8}) {
+    const std::int64_t seq = std::int64_t{8192} * ranks;
+    const MaskSlices mask = make_slices(window, 1, seq, seq);
+    const SequenceLayout layout = SequenceLayout::balanced(mask, 1, seq, ranks);
+    expect_consistent(layout, seq, ranks);
+    EXPECT_LE(imbalance(areas(layout, mask, 1)), 1.02);
+    for (int rank = 0; rank < ranks; ++rank) {
+      ASSERT_EQ(layout.runs(rank).size(), 1U);
+      EXPECT_EQ(layout.runs(rank).front().global.begin % 128, 0);
+      EXPECT_LE(layout.rows(rank), 8192 * 125 / 100);
+    }
+  }
+}
+
 TEST(SequenceLayout, AlignedKeepsBlocksWhole) {
   for (const std::int64_t block : {1, 7, 16, 300}) {
     for (const SequenceLayout& layout :
