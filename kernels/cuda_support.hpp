@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -10,6 +11,9 @@
 namespace annulus::kernels::cuda {
 
 int device_count();
+/// What tells the calling thread's device from all others of the machine.
+using DeviceIdentity = std::array<char, 16>;
+DeviceIdentity device_identity();
 /// Makes `device` current for this thread.
 void use_device(int device);
 void* allocate(std::int64_t bytes, Stream stream);

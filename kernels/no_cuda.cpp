@@ -13,6 +13,7 @@ namespace {
 }  // namespace
 
 int device_count() { return 0; }
+DeviceIdentity device_identity() { absent(); }
 void use_device(int /*device*/) { absent(); }
 void* allocate(std::int64_t /*bytes*/, Stream /*stream*/) { absent(); }
 void release(void* /*data*/, Stream /*stream*/) noexcept {}

@@ -4,12 +4,16 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <chrono>
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
+#include <span>
 #include <vector>
 
+#include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "launch/bench_ring_options.hpp"
 #include "launch/bench_row.hpp"
@@ -61,34 +65,55 @@ void print_memory(Communicator& world, std::string_view direction, std::int64_t 
                          .dump());
 }
 
-// The whole attention on the first rank while the others wait: what sharing a device costs.
-class OneRank {
+// True on the first of the ranks that share a device.
+bool is_first_on_device(const Context& context) {
+  const kernels::cuda::DeviceIdentity mine = kernels::cuda::device_identity();
+  std::vector<kernels::cuda::DeviceIdentity> all(static_cast<std::size_t>(context.size()));
+  context.world().all_gather(std::as_bytes(std::span(&mine, 1)),
+                             std::as_writable_bytes(std::span(all)));
+  return std::find(all.begin(), all.end(), mine) - all.begin() == context.rank();
+}
+
+// The whole attention on every device at the same time, each by one rank: what sharing it costs.
+// All of them work as much as they do together, so that none is hotter, hence slower, than others.
+class EachAlone {
  public:
-  OneRank(const Context& context, const RingOptions& options, const Place& place)
+  EachAlone(const Context& context, const RingOptions& options, const Place& place)
       : place_(place), ranks_(place.device) {
-    if (place.device == Device::cpu || context.size() == 1 || context.rank() != 0) return;
+    if (place.device == Device::cpu || context.size() == 1) return;
+    measured_ = true;
+    if (!is_first_on_device(context)) return;
     PlanOptions whole = options.plan;
     whole.mesh = "sp=1";
     const PlannedAttention planned = plan_attention(whole);
     plan_.emplace(planned.request, 0);
     tensors_.emplace(*planned.request, planned.sizes, *parse_dtype(whole.dtype), 0, place.device);
   }
-  bool runs() const { return plan_.has_value(); }
+  bool measured() const { return measured_; }
   void forward() {
-    if (runs()) execute_forward(ranks_, *plan_, tensors_->forward());
+    if (plan_) execute_forward(ranks_, *plan_, tensors_->forward());
     place_.finish();
   }
   void compute_delta() {
-    if (runs()) tensors_->compute_delta();
+    if (plan_) tensors_->compute_delta();
   }
   void backward() {
-    if (runs()) execute_backward(ranks_, *plan_, tensors_->backward());
+    if (plan_) execute_backward(ranks_, *plan_, tensors_->backward());
     place_.finish();
+  }
+  /// From the fastest run of each rank to what a device takes that is as fast as all on average.
+  double mean_seconds(Communicator& world, double mine) const {
+    const double rate = plan_ ? 1.0 / mine : 0.0;
+    std::vector<double> rates(static_cast<std::size_t>(world.size()));
+    world.all_gather(std::as_bytes(std::span(&rate, 1)), std::as_writable_bytes(std::span(rates)));
+    const auto devices = rates.size() - std::count(rates.begin(), rates.end(), 0.0);
+    return static_cast<double>(devices) / std::accumulate(rates.begin(), rates.end(), 0.0);
   }
 
  private:
   const Place& place_;
   SoloCommunicator ranks_;
+  bool measured_ = false;
   std::optional<AttentionPlan> plan_;
   std::optional<RankAttention> tensors_;
 };
@@ -98,22 +123,48 @@ struct Measured {
   double exposed_seconds = 0.0;  // of the rank that waits most
   double buffer_bytes = 0.0;     // of the rank that holds most
   double bytes_sent = 0.0;
-  double alone_seconds = 1e30;  // of one rank, in turn with the ranks together
+  double alone_seconds = 1e30;  // of one device, in turn with the ranks together
 };
 
-Measured measure(Communicator& world, int repeats, const std::function<void(ExecutionReport&)>& run,
+using Seconds = std::chrono::duration<double>;
+constexpr Seconds kLongestRest{0.04};
+
+// Devices rest between runs, but not for long: under load their clocks fall, and a run should not
+// find them as the one before has left them. The host does not: it would wake up slow.
+void rest(const Place& place, Seconds time) {
+  if (place.device == Device::cpu) return;
+  const auto end = std::chrono::steady_clock::now() + std::min(time, kLongestRest);
+  while (std::chrono::steady_clock::now() < end) {
+  }
+}
+
+// Of this rank.
+double seconds_of(Communicator& world, const Place& place, const std::function<void()>& step) {
+  world.barrier();
+  const auto begin = std::chrono::steady_clock::now();
+  step();
+  const Seconds took = std::chrono::steady_clock::now() - begin;
+  rest(place, 2 * took);
+  return took.count();
+}
+
+Measured measure(Communicator& world, const Place& place, int repeats,
+                 const std::function<void(ExecutionReport&)>& run, const EachAlone& alone,
                  const std::function<void()>& run_alone) {
   Measured best;
   best.seconds = 1e30;
+  double alone_seconds = 1e30;  // of this rank
   for (int i = 0; i < repeats; ++i) {
     ExecutionReport report;
-    const double seconds = timed(world, 1, [&] { run(report); });
+    const double seconds = largest(world, seconds_of(world, place, [&] { run(report); }));
     const double exposed = largest(world, report.exposed_seconds);
     const double buffer = largest(world, static_cast<double>(report.buffer_bytes));
     const double sent = largest(world, static_cast<double>(report.bytes_sent));
-    if (seconds < best.seconds) best = {seconds, exposed, buffer, sent, best.alone_seconds};
-    best.alone_seconds = std::min(best.alone_seconds, timed(world, 1, run_alone));
+    if (seconds < best.seconds) best = {seconds, exposed, buffer, sent};
+    if (alone.measured())
+      alone_seconds = std::min(alone_seconds, seconds_of(world, place, run_alone));
   }
+  if (alone.measured()) best.alone_seconds = alone.mean_seconds(world, alone_seconds);
   return best;
 }
 
@@ -217,7 +268,7 @@ void bench_ring(Arguments arguments) {
   const DType dtype = *parse_dtype(options->plan.dtype);
   const Place place = place_of(context, *options, planned.sizes, dtype);
   RankAttention tensors(*planned.request, planned.sizes, dtype, context.rank(), place.device);
-  OneRank alone(context, *options, place);
+  EachAlone alone(context, *options, place);
   Rates rates =
       measure_rates(context, place, *planned.request, planned.sizes, dtype, options->repeats);
   rates.reads_in_place = rates.reads_in_place && options->in_place;
@@ -246,7 +297,8 @@ void bench_ring(Arguments arguments) {
     run.forward(tensors.forward(), execute);
     place.finish();
   };
-  const Measured forward = measure(world, options->repeats, forward_step, [&] { alone.forward(); });
+  const Measured forward =
+      measure(world, place, options->repeats, forward_step, alone, [&] { alone.forward(); });
   tensors.compute_delta();
   alone.compute_delta();
   const auto backward_step = [&](ExecutionReport& report) {
@@ -255,14 +307,16 @@ void bench_ring(Arguments arguments) {
     place.finish();
   };
   const Measured backward =
-      measure(world, options->repeats, backward_step, [&] { alone.backward(); });
+      measure(world, place, options->repeats, backward_step, alone, [&] { alone.backward(); });
   if (!options->trace.empty()) {
+    rest(place, kLongestRest);
     start_trace();
     execute.report = nullptr;
     execute.recorder = trace_recorder();
     world.barrier();
     run.forward(tensors.forward(), execute);
     place.finish();
+    rest(place, kLongestRest);
     world.barrier();
     run.backward(tensors.backward(), execute);
     place.finish();
@@ -282,13 +336,13 @@ void bench_ring(Arguments arguments) {
                                     forward_plan.flops, rates.forward_flops * ranks),
                              row_of(planned, *options, "backward", backward.seconds,
                                     backward_plan.flops, rates.backward_flops * ranks)};
-  if (alone.runs()) {
+  if (alone.measured()) {
     rows.push_back(alone_row(rows[0], forward.alone_seconds));
     rows.push_back(alone_row(rows[1], backward.alone_seconds));
   }
   print_rows(rows, options->plan.json);
   if (options->plan.json) return;
-  if (alone.runs()) {
+  if (alone.measured()) {
     fmt::print("each rank at {:.3f} forward and {:.3f} backward of the rate of one alone\n",
                forward.alone_seconds / (ranks * forward.seconds),
                backward.alone_seconds / (ranks * backward.seconds));

@@ -6,7 +6,6 @@
 #include <array>
 #include <chrono>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "kernels/cuda/stream.hpp"
+#include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "runtime/device_window.hpp"
 #include "runtime/transport_monitor.hpp"
@@ -241,14 +241,9 @@ class NcclCommunicator final : public Communicator {
 /// NCCL refuses two ranks of one host on one device, unless each says that it is a host of its own;
 /// their sockets then meet on the loopback interface.
 void let_ranks_share_devices(Communicator& host) {
-  std::array<char, 128> mine{};
-  int device = 0;
-  cudaDeviceProp properties{};
-  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
-  ANNULUS_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
-  std::memcpy(mine.data(), properties.uuid.bytes, sizeof(properties.uuid.bytes));
-  std::vector<std::array<char, 128>> all(static_cast<std::size_t>(host.size()));
-  host.all_gather(std::as_bytes(std::span(mine)), std::as_writable_bytes(std::span(all)));
+  const cuda::DeviceIdentity mine = cuda::device_identity();
+  std::vector<cuda::DeviceIdentity> all(static_cast<std::size_t>(host.size()));
+  host.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
   std::sort(all.begin(), all.end());
   if (std::adjacent_find(all.begin(), all.end()) == all.end()) return;
   constexpr int kKeepTheUsers = 0;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 
 #include "kernels/buffer.hpp"
@@ -73,6 +74,17 @@ int device_count() {
   if (error == cudaSuccess) return count;
   cudaGetLastError();  // no driver or no device: the machine has none
   return 0;
+}
+
+DeviceIdentity device_identity() {
+  int device = 0;
+  cudaDeviceProp properties{};
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  ANNULUS_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
+  DeviceIdentity identity{};
+  static_assert(sizeof(properties.uuid.bytes) == sizeof(identity));
+  std::copy_n(properties.uuid.bytes, identity.size(), identity.begin());
+  return identity;
 }
 
 void use_device(int device) {
