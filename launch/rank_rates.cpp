@@ -185,7 +185,8 @@ Rates measure_rates(Context& context, const Place& place, const PlanRequest& req
   rates.node_ranks = context.ranks_on_node();
   rates.hides_node_transfers = place.device == Device::cuda;
   rates.reads_in_place = place.device == Device::cpu;
-  rates.one_launch = place.ranks.carrier() == Communicator::Carrier::copy_engine;
+  rates.one_launch = place.ranks.carrier() == Communicator::Carrier::copy_engine ||
+                     place.ranks.reach() == Communicator::Reach::everybody;
   return rates;
 }
 

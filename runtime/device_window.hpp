@@ -16,7 +16,7 @@ class DeviceWindow final : public Window {
   const void* peer(int peer) const override {
     return peer == host_.rank() ? memory_.data() : nullptr;
   }
-  void fence() override { host_.barrier(); }
+  void fence(Stream /*stream*/) override { host_.barrier(); }
 
  private:
   Communicator& host_;

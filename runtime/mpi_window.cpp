@@ -171,7 +171,7 @@ class MpiWindows::SharedWindow final : public Window {
   void expect(std::int64_t begin, std::int64_t end) override {
     if (memory_->own) memory_->own->populate(begin, end);
   }
-  void fence() override {
+  void fence(Stream /*stream*/) override {
     const WaitingStep step("fence", node_.group(), 0);
     node_.barrier();
   }

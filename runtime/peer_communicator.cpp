@@ -1,17 +1,18 @@
 #include "runtime/peer_communicator.hpp"
 
 #include <algorithm>
-#include <array>
 #include <exception>
 #include <map>
 #include <utility>
 #include <vector>
 
 #include "kernels/cuda/stream.hpp"
+#include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "runtime/device_window.hpp"
 #include "runtime/peer_inbox.hpp"
 #include "runtime/peer_outbox.hpp"
+#include "runtime/peer_windows.hpp"
 
 // A message goes: the sender copies it into a slot on its own device and sends the slot's address
 // over the host; the receiver pulls it with its copy engine and sends back the event after which
@@ -148,35 +149,31 @@ class PeerExchange final : public Exchange {
   bool recorded_ = false;
 };
 
-/// Copies within a device may need multiprocessors, those between devices never do.
-Communicator::Carrier carrier_of(Communicator& host, bool has_far) {
-  using Identity = std::array<char, sizeof(cudaUUID_t)>;
-  int device = 0;
-  cudaDeviceProp properties{};
-  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
-  ANNULUS_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
-  Identity mine{};
-  std::copy_n(properties.uuid.bytes, mine.size(), mine.begin());
-  std::vector<Identity> all(static_cast<std::size_t>(host.size()));
-  host.all_gather(std::as_bytes(std::span(mine)), std::as_writable_bytes(std::span(all)));
-  std::sort(all.begin(), all.end());
-  const bool shared = std::adjacent_find(all.begin(), all.end()) != all.end();
-  return shared || has_far ? Communicator::Carrier::kernels : Communicator::Carrier::copy_engine;
-}
+/// Where the ranks' devices are: copies within a device may need multiprocessors, those between
+/// devices never do; memory of the same device is read as if it were one's own.
+struct Placement {
+  Placement(Communicator& host, bool has_far) {
+    const cuda::DeviceIdentity mine = cuda::device_identity();
+    std::vector<cuda::DeviceIdentity> all(static_cast<std::size_t>(host.size()));
+    host.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+    std::sort(all.begin(), all.end());
+    if (has_far) return;
+    if (all.front() == all.back()) reach = Communicator::Reach::everybody;
+    if (std::adjacent_find(all.begin(), all.end()) == all.end()) {
+      carrier = Communicator::Carrier::copy_engine;
+    }
+  }
+  Communicator::Carrier carrier = Communicator::Carrier::kernels;
+  Communicator::Reach reach = Communicator::Reach::nobody;
+};
 
 class PeerCommunicator final : public Communicator {
  public:
-  PeerCommunicator(std::unique_ptr<Communicator> host, std::unique_ptr<Communicator> far)
-      : Communicator(Device::cuda, carrier_of(*host, far != nullptr)),
-        host_(std::move(host)),
-        words_(host_->split(0, host_->rank())),
-        far_(std::move(far)),
-        push_stream_(cuda::make_transfer_stream()),
-        pull_stream_(cuda::make_transfer_stream()),
-        outbox_(*words_),
-        inbox_(*words_) {
-    const std::unique_ptr<Window> window = host_->expose(1);
-    for (int peer = 0; peer < size(); ++peer) near_.push_back(window->peer(peer) != nullptr);
+  static std::unique_ptr<Communicator> make(std::unique_ptr<Communicator> host,
+                                            std::unique_ptr<Communicator> far) {
+    const Placement placement(*host, far != nullptr);
+    return std::unique_ptr<Communicator>(
+        new PeerCommunicator(placement, std::move(host), std::move(far)));
   }
   ~PeerCommunicator() override { release(); }
 
@@ -185,13 +182,14 @@ class PeerCommunicator final : public Communicator {
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> far;
     if (far_ != nullptr) far = far_->split(color, key);
-    return std::make_unique<PeerCommunicator>(host_->split(color, key), std::move(far));
+    return make(host_->split(color, key), std::move(far));
   }
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override {
     host_->all_gather(mine, all);
   }
   void all_reduce_sum(std::span<float> values) override { host_->all_reduce_sum(values); }
   std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t /*granule*/) override {
+    if (reach() == Reach::everybody) return windows_.expose(bytes);
     return std::make_unique<DeviceWindow>(*host_, bytes);
   }
 
@@ -200,6 +198,21 @@ class PeerCommunicator final : public Communicator {
                                   Stream stream) override;
 
  private:
+  PeerCommunicator(const Placement& placement, std::unique_ptr<Communicator> host,
+                   std::unique_ptr<Communicator> far)
+      : Communicator(Device::cuda, placement.carrier, placement.reach),
+        host_(std::move(host)),
+        words_(host_->split(0, host_->rank())),
+        far_(std::move(far)),
+        push_stream_(cuda::make_transfer_stream()),
+        pull_stream_(cuda::make_transfer_stream()),
+        outbox_(*words_),
+        inbox_(*words_),
+        windows_(*host_) {
+    const std::unique_ptr<Window> window = host_->expose(1);
+    for (int peer = 0; peer < size(); ++peer) near_.push_back(window->peer(peer) != nullptr);
+  }
+
   /// Messages of other nodes; the rest goes to `near`.
   template <typename Message>
   std::vector<Message> far_of(std::span<const Message> messages, std::vector<Message>& near) const;
@@ -214,6 +227,7 @@ class PeerCommunicator final : public Communicator {
   cuda::OwnedStream pull_stream_;
   PeerOutbox outbox_;
   PeerInbox inbox_;
+  PeerWindows windows_;
 };
 
 template <typename Message>
@@ -287,7 +301,8 @@ void PeerCommunicator::release() noexcept {
       inbox_.drain();
       ANNULUS_CHECK_CUDA(cudaStreamSynchronize(pull_stream_.get()));
       inbox_.close();
-      host_->barrier();
+      ANNULUS_CHECK_CUDA(cudaDeviceSynchronize());  // windows are read by callers' streams
+      windows_.close();
       return;
     } catch (const std::exception&) {
       // A destructor has nobody to tell; as while an exception passes.
@@ -295,13 +310,14 @@ void PeerCommunicator::release() noexcept {
   }
   outbox_.leak();
   inbox_.leak();
+  windows_.leak();
 }
 
 }  // namespace
 
 std::unique_ptr<Communicator> make_peer_communicator(Communicator& host,
                                                      std::unique_ptr<Communicator> far) {
-  return std::make_unique<PeerCommunicator>(host.split(0, host.rank()), std::move(far));
+  return PeerCommunicator::make(host.split(0, host.rank()), std::move(far));
 }
 
 }  // namespace annulus

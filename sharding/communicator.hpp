@@ -52,8 +52,18 @@ class Window {
   /// Says that bytes [begin, end) of local() will be written, before they are: their pages are made
   /// at once, and large where that is possible.
   virtual void expect(std::int64_t /*begin*/, std::int64_t /*end*/) {}
-  /// Collective: what every rank wrote before is visible to all after it.
-  virtual void fence() = 0;
+  /// Before this rank writes what peers may have read: on a device `stream` waits for them.
+  virtual void begin_writes(Stream /*stream*/ = {}) {}
+  /// Collective: what every rank wrote before is visible to all after it; on a device to what
+  /// `stream` is given from then on.
+  virtual void fence(Stream stream = {}) = 0;
+  /// Where ranks would take one device from each other all the time: returns when it is this rank's
+  /// turn, which goes round, from the first rank on. All ranks take the same number of turns.
+  virtual void take_turn() {}
+  /// Waits for what `stream` holds where ranks take turns. `last`: none is taken after this one.
+  virtual void end_turn(bool /*last*/, Stream /*stream*/ = {}) {}
+  /// After the last read of peers' memory was given to `stream`; nothing on the host.
+  virtual void end_reads(Stream /*stream*/ = {}) {}
 };
 
 /// A group of ranks that move bytes, on the host or between devices. Calls are collective unless
@@ -63,9 +73,14 @@ class Communicator {
   /// Who moves the bytes: kernels that need room on the device, or somebody else.
   enum class Carrier : std::uint8_t { kernels, copy_engine };
 
+  /// Who reads windows of that memory in place: those of the node on the host, and on a device
+  /// nobody, or all ranks where one device has the memory of them all.
+  enum class Reach : std::uint8_t { nobody, node, everybody };
+
   /// `device`: where the memory that exchange() moves lives; the collectives take host memory.
-  explicit Communicator(Device device = Device::cpu, Carrier carrier = Carrier::kernels)
-      : device_(device), carrier_(carrier) {}
+  explicit Communicator(Device device = Device::cpu, Carrier carrier = Carrier::kernels,
+                        Reach reach = Reach::nobody)
+      : device_(device), carrier_(carrier), reach_(device == Device::cpu ? Reach::node : reach) {}
   virtual ~Communicator() = default;
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
@@ -74,6 +89,7 @@ class Communicator {
   /// A kernel may wait for bytes that only the copy engine moves; one that fills the device and
   /// waits for bytes that other kernels move waits for ever.
   Carrier carrier() const { return carrier_; }
+  Reach reach() const { return reach_; }
   virtual int rank() const = 0;
   virtual int size() const = 0;
   /// Ranks of one colour form a new group, ordered by `key`.
@@ -106,6 +122,7 @@ class Communicator {
  private:
   Device device_;
   Carrier carrier_;
+  Reach reach_;
   std::int64_t bytes_sent_ = 0;
   std::map<std::string, std::unique_ptr<Communicator>> parts_;
 };

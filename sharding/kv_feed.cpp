@@ -60,7 +60,9 @@ KvFeed::KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensor
           ranks.size(), plan.group(), plan.groups());
   if (ranks.size() == 1) return;
   const RecordedSpan span(recorder_, StageRecord::Kind::share);
-  if (options.in_place && k.device == Device::cpu) share(reading == Reading::joined);
+  if (options.in_place && ranks.reach() != Communicator::Reach::nobody) {
+    share(reading == Reading::joined);
+  }
   if (!sends_to(false)) return;
   if (rows_are_contiguous(k_) && rows_are_contiguous(v_)) {
     sent_ = {writable(k_), writable(v_)};
@@ -82,17 +84,28 @@ bool KvFeed::sends_to(bool readable_peers) const {
 }
 
 void KvFeed::share(bool join_stages) {
-  const std::byte mine{sends_to(false) ? std::uint8_t{1} : std::uint8_t{0}};
-  std::vector<std::byte> all(static_cast<std::size_t>(ranks_.size()));
-  ranks_.all_gather({&mine, 1}, all);
-  if (std::count(all.begin(), all.end(), std::byte{1}) == 0) return;
+  struct Wanted {
+    int sends;
+    int stages;
+  };
+  const std::span<const Stage> stages = plan_.stages();
+  const Wanted mine{sends_to(false) ? 1 : 0, stages.empty() ? 0 : stages.back().number + 1};
+  std::vector<Wanted> all(static_cast<std::size_t>(ranks_.size()));
+  ranks_.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
+  bool any_sends = false;
+  for (const Wanted& one : all) {
+    most_stages_ = std::max(most_stages_, one.stages);
+    any_sends = any_sends || one.sends != 0;
+  }
+  if (!any_sends) return;
   Shape k = k_.shape;
   Shape v = v_.shape;
   k[1] = v[1] = plan_.kv_layout().max_rows();
   window_ = ranks_.expose(kv_bytes(k, v, k_.dtype), std::max<std::int64_t>(row_bytes(), 1));
   if (join_stages) join();
+  window_->begin_writes(stream_);
   copy_into_window();
-  window_->fence();
+  window_->fence(stream_);
 }
 
 // Windows at equal distances are one tensor: a rank's rows begin whole rows behind the first's.
@@ -139,8 +152,8 @@ void KvFeed::copy_into_window() {
                            last.shape.elements() * size_bytes(last.dtype));
   }
   for (const Span rows : wanted) {
-    copy(k_.slice(1, rows), shared.k.slice(1, rows));
-    copy(v_.slice(1, rows), shared.v.slice(1, rows));
+    copy(k_.slice(1, rows), shared.k.slice(1, rows), stream_);
+    copy(v_.slice(1, rows), shared.v.slice(1, rows), stream_);
   }
 }
 
@@ -262,10 +275,33 @@ void KvFeed::copy_readable(const Stage& stage) {
       const Span held{piece.buffer_begin, piece.buffer_begin + piece.rows.size()};
       const Span batch =
           piece.batch == Piece::kEveryBatch ? Span{0, batch_} : Span{piece.batch, piece.batch + 1};
-      copy(from.k.slice(0, batch).slice(1, piece.rows), to.k.slice(0, batch).slice(1, held));
-      copy(from.v.slice(0, batch).slice(1, piece.rows), to.v.slice(0, batch).slice(1, held));
+      copy(from.k.slice(0, batch).slice(1, piece.rows), to.k.slice(0, batch).slice(1, held),
+           stream_);
+      copy(from.v.slice(0, batch).slice(1, piece.rows), to.v.slice(0, batch).slice(1, held),
+           stream_);
     }
   }
+}
+
+void KvFeed::take_turn() {
+  if (window_ != nullptr) window_->take_turn();
+}
+
+void KvFeed::end_turn(bool last) {
+  if (window_ != nullptr) window_->end_turn(last, stream_);
+}
+
+void KvFeed::close() {
+  if (window_ != nullptr) window_->end_reads(stream_);
+}
+
+KvFeed::RowsInPlace KvFeed::rows_in_place(int group) const {
+  const KvViews peer = group == ranks_.rank() ? KvViews{writable(k_), writable(v_)}
+                                              : window_views(window_->peer(group));
+  const std::span<const RowRun> held = plan_.kv_layout().runs(group);
+  const std::vector<RowRun> runs(held.begin(), held.end());
+  return {peer.k, peer.v,
+          localize(plan_.request().mask, plan_.q_layout().runs(plan_.group()), {&runs, 1})};
 }
 
 std::pair<ConstTensorView, ConstTensorView> KvFeed::views(const Stage& stage,

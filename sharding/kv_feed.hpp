@@ -58,6 +58,21 @@ class KvFeed {
   std::pair<ConstTensorView, ConstTensorView> joined_views() const;
   /// True when some peers read each other's rows. The same on all ranks.
   bool shares() const { return window_ != nullptr; }
+  /// Keys and values of a whole shard and the mask's slices over them, in its own rows.
+  struct RowsInPlace {
+    ConstTensorView k;
+    ConstTensorView v;
+    MaskSlices slices;
+  };
+  /// @pre shares(), and the shard is this rank's or a readable peer's
+  RowsInPlace rows_in_place(int group) const;
+  /// Where rows are shared, of the rank with the most stages: the turns that a pass may take.
+  int most_stages() const { return most_stages_; }
+  /// See Window; nothing where no rows are shared.
+  void take_turn();
+  void end_turn(bool last);
+  /// After the last kernel that reads peers' rows where they lie was queued.
+  void close();
 
   /// True when the stage's rows are read where they lie: its parts are then pieces.
   bool in_place(const Stage& stage) const;
@@ -108,6 +123,7 @@ class KvFeed {
   Stream stream_;
   StageRecorder* recorder_;
   std::int64_t batch_ = 0;
+  int most_stages_ = 0;
   Buffer packed_;
   KvViews sent_;  // the same in contiguous rows, where messages are sent
   std::unique_ptr<Window> window_;

@@ -1,5 +1,6 @@
 #include "sharding/ring.hpp"
 
+#include <algorithm>
 #include <memory>
 
 #include "sharding/backward_pass.hpp"
@@ -59,6 +60,7 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream,
                   by_columns ? KvFeed::Reading::stages : KvFeed::Reading::joined);
   }();
+  feed.take_turn();
   const std::unique_ptr<ForwardPass> pass = make_forward_pass(local, plan, options);
   if (feed.joined()) {
     const RecordedSpan span(options.recorder, StageRecord::Kind::compute, 0, -1, feed.read_bytes());
@@ -85,6 +87,8 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     }
   }
   pass->finish();
+  feed.end_turn(true);
+  feed.close();
   accounting.add_bytes_in_place(feed.read_bytes());
   accounting.close(feed.buffer_bytes() + pass->buffer_bytes());
 }
@@ -100,14 +104,16 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
   }();
   GradientReturn back = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
-    return GradientReturn(ranks, plan, local, feed.shares());
+    return GradientReturn(ranks, plan, local, feed.shares() && ranks.device() == Device::cpu);
   }();
   const std::unique_ptr<BackwardPass> pass = make_backward_pass(local, plan, options);
-  for (int number = 0; number <= schedule.count(); ++number) {
+  const int numbers = std::max(schedule.count() + 1, feed.most_stages());
+  for (int number = 0; number < numbers; ++number) {
     const Stage* stage = schedule.at(number);
     {
       const ScopedTimer timer(accounting.exposed_seconds());
       const RecordedSpan span(options.recorder, StageRecord::Kind::wait, number);
+      if (number < feed.most_stages()) feed.take_turn();
       if (schedule.at(number + 1) != nullptr) feed.start(*schedule.at(number + 1));
       if (stage != nullptr) feed.wait(*stage);
     }
@@ -129,11 +135,13 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
     const RecordedSpan span(options.recorder, StageRecord::Kind::reduction, number - 1);
     if (schedule.at(number - 1) != nullptr && number > 1) back.finish(*schedule.at(number - 1));
     if (stage != nullptr && number > 0) back.start(*stage);
+    if (number < feed.most_stages()) feed.end_turn(number + 1 == feed.most_stages());
   }
   {
     const ScopedTimer timer(accounting.exposed_seconds());
     back.close();
   }
+  feed.close();
   accounting.add_bytes_in_place(feed.read_bytes() + back.read_bytes());
   accounting.close(feed.buffer_bytes() + back.buffer_bytes() + pass->buffer_bytes());
 }

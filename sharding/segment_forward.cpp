@@ -16,20 +16,65 @@ bool is_uniform(const AttentionProblem& problem, const AttentionPlan& plan) {
          plan.request().block_rows == 0;
 }
 
-bool applies(const Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
-             const ExecuteOptions& options) {
+bool applies(const AttentionPlan& plan, const ForwardCall& local, const ExecuteOptions& options) {
   const AttentionProblem& problem = local.problem;
-  return options.one_launch && ranks.carrier() == Communicator::Carrier::copy_engine &&
-         problem.q.device == Device::cuda && problem.q.shape.elements() > 0 &&
-         plan.stages().size() > 1 && plan.stages().size() <= kernels::cuda::kMaxSegments &&
+  return options.one_launch && problem.q.device == Device::cuda && problem.q.shape.elements() > 0 &&
          is_uniform(problem, plan) && kernels::cuda::takes_segments(problem, options.backend);
+}
+
+bool arrives_beside(const Communicator& ranks, const AttentionPlan& plan) {
+  return ranks.carrier() == Communicator::Carrier::copy_engine && plan.stages().size() > 1 &&
+         plan.stages().size() <= kernels::cuda::kMaxSegments;
+}
+
+/// The same on all ranks: sharing is collective.
+bool lies_on_one_device(const Communicator& ranks, const ExecuteOptions& options) {
+  return ranks.size() > 1 && ranks.reach() == Communicator::Reach::everybody && options.in_place &&
+         static_cast<std::size_t>(ranks.size()) <= kernels::cuda::kMaxSegments;
+}
+
+/// Rows that others want lie in windows, where all read them: nothing arrives.
+void forward_in_place(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
+                      const ExecuteOptions& options) {
+  const AttentionProblem& problem = local.problem;
+  ExecutionAccounting accounting(ranks, options, local.problem, local.stream);
+  KvFeed feed = [&] {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
+  }();
+  {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    feed.take_turn();
+  }
+  std::vector<KvFeed::RowsInPlace> shards;  // the segments refer to their slices
+  for (int i = 0; i < (feed.shares() ? plan.groups() : 1); ++i) {
+    shards.push_back(feed.rows_in_place((plan.group() + i) % plan.groups()));
+  }
+  std::vector<kernels::cuda::KvSegment> segments;
+  for (const KvFeed::RowsInPlace& shard : shards) {
+    if (!shard.slices.slices.empty()) segments.push_back({shard.k, shard.v, shard.slices.view()});
+  }
+  {
+    const ScopedTimer timer(compute_seconds(options));
+    const RecordedSpan span(options.recorder, StageRecord::Kind::compute, 0, -1, feed.read_bytes());
+    kernels::cuda::forward_segments(local, segments);
+  }
+  feed.end_turn(true);
+  feed.close();
+  accounting.add_bytes_in_place(feed.read_bytes());
+  accounting.close(feed.buffer_bytes());
 }
 
 }  // namespace
 
 bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
                            const ExecuteOptions& options) {
-  if (!applies(ranks, plan, local, options)) return false;
+  if (!applies(plan, local, options)) return false;
+  if (lies_on_one_device(ranks, options)) {
+    forward_in_place(ranks, plan, local, options);
+    return true;
+  }
+  if (!arrives_beside(ranks, plan)) return false;
   const AttentionProblem& problem = local.problem;
   const std::span<const Stage> stages = plan.stages();
   const int numbers = stages.back().number + 1;

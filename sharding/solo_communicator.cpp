@@ -13,7 +13,7 @@ class SoloWindow final : public Window {
   explicit SoloWindow(std::int64_t bytes) : memory_(Device::cpu, bytes) {}
   void* local() override { return memory_.data(); }
   const void* peer(int /*peer*/) const override { return memory_.data(); }
-  void fence() override {}
+  void fence(Stream /*stream*/) override {}
 
  private:
   Buffer memory_;

@@ -157,6 +157,35 @@ TEST_P(DeviceCommunicator, CountsBytesToOthersOnly) {
   EXPECT_EQ(ranks().bytes_sent() - before, ranks().size() == 1 ? 0 : 4000);
 }
 
+// The same memory again and again: it is written when peers have read what was there before.
+TEST_P(DeviceCommunicator, ReadsMemoryOfItsOwnDeviceInPlace) {
+  constexpr int kLength = 1 << 20;
+  std::vector<std::unique_ptr<DeviceMessage>> written, read;
+  for (int round = 0; round < 6; ++round) {
+    written.push_back(std::make_unique<DeviceMessage>(message(ranks().rank(), 0, round, kLength)));
+    const DeviceMessage& mine = *written.back();
+    const std::unique_ptr<Window> window = ranks().expose(mine.bytes());
+    const Shape shape{mine.bytes()};
+    const auto bytes_at = [&](const void* data) {
+      return ConstTensorView(data, DType::u8, shape, Device::cuda);
+    };
+    window->begin_writes();
+    copy(bytes_at(mine.memory.data()), {window->local(), DType::u8, shape, Device::cuda});
+    window->fence();
+    for (int peer = 0; peer < ranks().size(); ++peer) {
+      const bool everybody = ranks().reach() == Communicator::Reach::everybody;
+      ASSERT_EQ(window->peer(peer) != nullptr, everybody || peer == ranks().rank());
+      if (window->peer(peer) == nullptr) continue;
+      read.push_back(std::make_unique<DeviceMessage>(message(peer, 0, round, kLength)));
+      fill_bytes(read.back()->memory.data(), Device::cuda, 0xee, mine.bytes());
+      copy(bytes_at(window->peer(peer)),
+           {read.back()->memory.data(), DType::u8, shape, Device::cuda});
+    }
+    window->end_reads();
+  }
+  for (const auto& copied : read) EXPECT_EQ(copied->fetched(), copied->values);
+}
+
 INSTANTIATE_TEST_SUITE_P(Transports, DeviceCommunicator,
                          ::testing::Values(Transport::nccl, Transport::peer), [](const auto& info) {
                            return info.param == Transport::nccl ? "nccl" : "peer";

@@ -343,7 +343,7 @@ class ThreadWindow final : public Window {
     return near ? bytes_->data.data() + peer * bytes_->stride : nullptr;
   }
   std::int64_t stride() const override { return bytes_->stride; }
-  void fence() override {
+  void fence(Stream /*stream*/) override {
     group_->meet(rank_, {"fence", 0, nullptr}, [](const auto&) {});
   }
 
