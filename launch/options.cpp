@@ -63,7 +63,7 @@ void bind_mask(CLI::App& app, RunOptions& options) {
                  "L,R: keys from L before to R after the query, -1: unbounded")
       ->delimiter(',')
       ->type_name("L,R")
-      ->check(number_where([](double x) { return x >= -1.0; }, "-1 or more"));
+      ->check(number_where([](double x) { return x >= -1.0; }, "a side of L,R, each -1 or more"));
   bind_dataset(app, options, CheckpointField::documents, "--documents",
                "dataset, int [B,T], -1 is padding");
   bind_dataset(app, options, CheckpointField::cu_seqlens, "--cu-seqlens", "dataset, int offsets");

@@ -155,8 +155,8 @@ TEST(RunOptions, AConfigurationFileHoldsOptionsAndTheCommandLineWins) {
 
 TEST(RunOptions, BadValuesAreRefusedInOneLine) {
   const std::vector<std::pair<std::vector<std::string>, std::string>> cases = {
-      {{"--window", "3"}, "--window"},
-      {{"--window", "3,-2"}, "--window: -2 is not -1 or more"},
+      {{"--window", "3", "--json"}, "--window: --json is not a side of L,R"},
+      {{"--window", "3,-2"}, "--window: -2 is not a side of L,R, each -1 or more"},
       {{"--window", "3,4,5"}, "--window"},
       {{"--soft-cap", "-1"}, "--soft-cap: -1 is not 0 or more"},
       {{"--dropout", "1"}, "--dropout: 1 is not in [0, 1)"},
