@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/backward_tile.cuh"
+#include "kernels/sm90/backward_turns.cuh"
 #include "kernels/sm90/tma.cuh"
 
 /// In deterministic mode: the thread that has the copy engine add what warpgroups stage of dQ to
@@ -60,17 +61,11 @@ class OrderedDrain {
     const std::int64_t head = std::int64_t{note.batch} * params_.q_heads + note.head;
     counter_ = params_.turns + head * params_.turn_rows + note.q_begin / 16 + half_;
     turn_ = turn;
-    if (turn_of(counter_) != turn) {
+    if (current_turn(counter_) != turn) {
       settle();
-      while (turn_of(counter_) != turn) continue;
+      while (current_turn(counter_) != turn) continue;
     }
     fence_async_global();
-  }
-
-  __device__ static std::uint32_t turn_of(const std::uint32_t* counter) {
-    std::uint32_t turn = 0;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(counter) : "memory");
-    return turn;
   }
 
   __device__ void settle() {
@@ -82,7 +77,7 @@ class OrderedDrain {
   /// Only once the additions are complete; that the copy engine has read their source is not
   /// enough. To have seen the completion orders them before the store (PTX ISA, async proxy).
   __device__ void pass_turn() {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(sent_), "r"(next_turn_) : "memory");
+    store_turn(sent_, next_turn_);
     sent_ = nullptr;
   }
 

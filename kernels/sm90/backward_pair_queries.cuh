@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/backward_pair_tile.cuh"
+#include "kernels/sm90/backward_turns.cuh"
 
 /// The warpgroup of dQ: multiplies dS of all keys of the pair by half of K's columns, and has the
 /// copy engine add the product to global memory. The partner takes the other half of the columns.
@@ -131,13 +132,7 @@ class PairQueries {
   __device__ void await_turn(std::uint32_t* counter, std::uint32_t turn) {
     passed_ = counter;
     next_turn_ = turn + 1;
-    if (threadIdx.x % 32 == 0) {
-      std::uint32_t value = 0;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-      } while (value != turn);
-      fence_async_global();
-    }
+    if (threadIdx.x % 32 == 0) await_turn_at(counter, turn);
     __syncwarp();
   }
 
@@ -147,8 +142,7 @@ class PairQueries {
   __device__ void pass_turn() {
     if (passed_ != nullptr && threadIdx.x % 32 == 0) {
       bulk_wait<0>();
-      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(passed_), "r"(next_turn_)
-                   : "memory");
+      store_turn(passed_, next_turn_);
     }
     passed_ = nullptr;
   }

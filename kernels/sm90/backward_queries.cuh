@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/backward_products.cuh"
+#include "kernels/sm90/backward_turns.cuh"
 #include "kernels/sm90/tma.cuh"
 
 /// The warpgroup of dQ: multiplies dS by K as others finish dS, and has the copy engine add the
@@ -73,14 +74,7 @@ class BackwardQueries {
   }
 
   __device__ void await_turn(const QueryNote& note, int q, std::uint32_t turn) const {
-    if (threadIdx.x % 32 == 0) {
-      const std::uint32_t* counter = turn_at(note, q);
-      std::uint32_t value = 0;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-      } while (value != turn);
-      fence_async_global();
-    }
+    if (threadIdx.x % 32 == 0) await_turn_at(turn_at(note, q), turn);
     __syncwarp();
   }
 
@@ -91,8 +85,7 @@ class BackwardQueries {
     if (threadIdx.x % 32 != 0) return;
     bulk_wait<0>();
     fence_async_global();
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn_at(note, q)), "r"(turn + 1U)
-                 : "memory");
+    store_turn(turn_at(note, q), turn + 1U);
   }
 
   /// A warp's sixteen rows leave in pieces of 32 columns, in the copy engine's swizzled order. Rows

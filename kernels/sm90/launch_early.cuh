@@ -18,17 +18,13 @@ __device__ inline void await_earlier_launch() { asm volatile("griddepcontrol.wai
 /// costs; they wait in await_earlier_launch().
 template <typename Tile, typename Shared, typename Params>
 void launch_early(void (*kernel)(Params), const Params& params, int blocks, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Shared);
-  static_assert(kBytes <= kMostSharedBytes);
-  ANNULUS_CHECK_CUDA(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = Tile::kThreads;
-  config.dynamicSmemBytes = kBytes;
+  config.dynamicSmemBytes = allow_shared<Shared>(kernel);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
