@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "launch/failure.hpp"
 #include "launch/parse.hpp"
 #include "runtime/divergence.hpp"
 #include "runtime/flight_recorder.hpp"
@@ -44,6 +45,7 @@ void name_diverged(Arguments arguments) {
   app.add_option("--steps", steps, "how many of each rank are shown, default 3");
   app.add_flag("--json", json, "for machines");
   if (!parse(app, arguments) || !is_speaking_rank()) return;
+  leave_peers();
   const std::vector<RankDump> dumps = read_dumps(folder);
   const Divergence found = first_divergence(dumps);
   if (json) {

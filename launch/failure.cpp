@@ -20,6 +20,8 @@ namespace {
 // Ranks that fail alike get here within milliseconds of each other, even four on one core.
 constexpr std::chrono::milliseconds kGrace{2000};
 
+bool works_alone = false;
+
 bool mpi_is_running() {
   int started = 0;
   int ended = 0;
@@ -69,7 +71,7 @@ void print(int rank, std::string_view message) {
 
 int report_failure(ExitCode code, std::string_view message) {
   // A rank may fail before MPI starts, on its command line say, and its peers may not.
-  if (!mpi_is_running() && launched_with_peers()) MPI_Init(nullptr, nullptr);
+  if (!mpi_is_running() && launched_with_peers() && !works_alone) MPI_Init(nullptr, nullptr);
   if (!mpi_is_running()) {
     print(0, message);
     return static_cast<int>(code);
@@ -89,5 +91,7 @@ int report_failure(ExitCode code, std::string_view message) {
   MPI_Finalize();
   return static_cast<int>(code);
 }
+
+void leave_peers() { works_alone = true; }
 
 }  // namespace annulus::launch

@@ -11,4 +11,8 @@ namespace annulus::launch {
 /// because they wait for this one, all are aborted.
 int report_failure(ExitCode code, std::string_view message);
 
+/// From here on this rank works alone, before MPI starts: the others may have ended, so that a
+/// failure does not start MPI to meet them.
+void leave_peers();
+
 }  // namespace annulus::launch

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "kernels/error.hpp"
+#include "launch/failure.hpp"
 #include "launch/parse.hpp"
 #include "launch/plan_options.hpp"
 #include "launch/plan_svg.hpp"
@@ -152,6 +153,7 @@ void write_svg(const std::string& path, const std::string& text) {
 void show_plan(Arguments arguments) {
   const std::optional<PlanOptions> options = parse_plan_options(arguments);
   if (!options || !is_speaking_rank()) return;
+  leave_peers();
   const auto begin = std::chrono::steady_clock::now();
   const PlannedAttention planned = plan_attention(*options);
   Prediction prediction;

@@ -2,10 +2,13 @@
 
 #include <cstdio>
 #include <fstream>
+#include <string>
+#include <vector>
 
 #include "kernels/error.hpp"
 #include "launch/plan_options.hpp"
 #include "launch/plan_svg.hpp"
+#include "launch/program.hpp"
 #include "sharding/simulate.hpp"
 
 namespace annulus::launch {
@@ -110,6 +113,24 @@ TEST(Plan, ReadsTheRatesThatABenchmarkWrote) {
   std::ofstream(path) << "{}";
   EXPECT_THROW(parse_rates(path), Error);
   std::remove(path.c_str());
+}
+
+TEST(CommandsOfOneRank, FailUnderALauncherAsWithout) {
+  const testing::TemporaryFolder folder;
+  const std::vector<std::vector<std::string>> cases = {
+      {"plan", "--seq", "1024", "--rates", folder.file("none.json")},
+      {"plan", "--seq", "1024", "--mask", "window:4"},
+      {"plan", "--seq", "1024", "--svg", folder.file("none/plan.svg")},
+      {"diverged", folder.file("none")},
+  };
+  for (const std::vector<std::string>& arguments : cases) {
+    const testing::Outcome alone = testing::run_annulus(0, arguments);
+    const testing::Outcome launched = testing::run_annulus(2, arguments);
+    EXPECT_NE(alone.exit_code, 0) << alone.out;
+    EXPECT_EQ(launched.exit_code, alone.exit_code) << launched.err;
+    EXPECT_EQ(launched.messages(), alone.messages()) << launched.err;
+    EXPECT_EQ(launched.messages().size(), 1U) << launched.err;
+  }
 }
 
 }  // namespace
