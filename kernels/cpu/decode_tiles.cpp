@@ -447,6 +447,8 @@ bool tiles_fit_on_target(const DecodeProblem& problem, std::int64_t queries) {
   constexpr std::int64_t kLeastRowsOfTiles = 12;
   constexpr std::int64_t kLeastRowsOfDots = 24;
   const std::int64_t rows = queries * problem.group_size();
+  // Maxima are of products, before the scale.
+  if (problem.soft_cap <= 0.0F && problem.scale <= 0.0F) return false;
   if (uses_amx(problem.q.dtype)) return rows >= kLeastRowsOfTiles;
   return ANNULUS_AMX == 1 && problem.q.dtype == DType::bf16 && cpu::has_bf16_dots() &&
          rows >= kLeastRowsOfDots;

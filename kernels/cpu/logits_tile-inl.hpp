@@ -37,7 +37,8 @@ struct LogitsTile {
 
 /// What a value of the tile times this is a logit; the sign of the scale sits in packed Q.
 inline float logit_factor(const AttentionProblem& problem) {
-  return problem.soft_cap > 0.0F || problem.bias ? 1.0F : std::fabs(problem.scale);
+  const bool scaled = problem.soft_cap > 0.0F || problem.bias || problem.scale == 0.0F;
+  return scaled ? 1.0F : std::fabs(problem.scale);
 }
 
 /// Turns products into values that logit_factor scales to logits, −inf where a mask drops them.
@@ -54,6 +55,8 @@ inline void products_to_logits(const LogitsTile& tile, const PairBuffers& buffer
     load_pair_tile(problem.bias, tile.batch, tile.rows, tile.run.keys, buffers.rows,
                    buffers.addend);
     scale_and_add_tile(keys, tile.vectors, scale, buffers.addend, s);
+  } else if (scale == 0.0F) {  // before the masks, whose −inf times 0 is no number
+    for (std::int64_t i = 0; i < keys * kTileLanes; ++i) s[i] *= 0.0F;
   }
   if (problem.dense_mask) {
     load_pair_tile(problem.dense_mask, tile.batch, tile.rows, tile.run.keys, buffers.rows,

@@ -86,6 +86,7 @@ DecodeOptions random_options(std::uint64_t seed) {
   if (pick(random, 0, 3) == 0) options.window_right = pick(random, 0, 20);
   if (pick(random, 0, 3) == 0) options.soft_cap = 3.0F;
   options.sinks = pick(random, 0, 2) == 0;
+  if (pick(random, 0, 5) == 0) options.spread = static_cast<float>(pick(random, -2, 1));
   return options;
 }
 

@@ -237,6 +237,7 @@ RandomAttention::RandomAttention(std::uint64_t seed) {
   problem.v = std::as_const(v).view();
   problem.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
   if (chance(random, 0.15)) problem.scale *= chance(random, 0.5) ? -1.0F : 4.0F;
+  if (chance(random, 0.03)) problem.scale = 0.0F;
   if (part_of_group) problem.groups = {group, offset};
   slices = random_mask(random, batch, seq_q, seq_kv);
   problem.mask = slices.view();
