@@ -1,6 +1,7 @@
 #include "kernels/attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -96,8 +97,10 @@ void validate(const AttentionProblem& problem) {
   require(problem.dropout.probability >= 0.0F && problem.dropout.probability < 1.0F,
           ExitCode::usage, "attention: dropout {}; accepted: 0 <= p < 1",
           problem.dropout.probability);
-  require(problem.soft_cap >= 0.0F, ExitCode::usage, "attention: soft cap {}; accepted: >= 0",
-          problem.soft_cap);
+  require(std::isfinite(problem.scale), ExitCode::usage, "attention: scale {}; accepted: finite",
+          problem.scale);
+  require(problem.soft_cap >= 0.0F && std::isfinite(problem.soft_cap), ExitCode::usage,
+          "attention: soft cap {}; accepted: finite, >= 0", problem.soft_cap);
   check_slices(problem);
 }
 

@@ -1,6 +1,7 @@
 #include "kernels/decode_attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "kernels/buffer.hpp"
@@ -170,8 +171,10 @@ void validate(const DecodeProblem& problem) {
                              problem.sinks.shape == Shape{problem.q_heads()}),
           ExitCode::bad_data, "decode: sinks are {} {}; expected f32 [{}]",
           name(problem.sinks.dtype), problem.sinks.shape.to_string(), problem.q_heads());
-  require(problem.soft_cap >= 0.0F, ExitCode::usage, "decode: soft cap {}; accepted: >= 0",
-          problem.soft_cap);
+  require(std::isfinite(problem.scale), ExitCode::usage, "decode: scale {}; accepted: finite",
+          problem.scale);
+  require(problem.soft_cap >= 0.0F && std::isfinite(problem.soft_cap), ExitCode::usage,
+          "decode: soft cap {}; accepted: finite, >= 0", problem.soft_cap);
   require(problem.window_left >= -1 && problem.window_right >= -1, ExitCode::usage,
           "decode: window {},{}; accepted: 0 or more, -1 for unbounded", problem.window_left,
           problem.window_right);

@@ -12,6 +12,7 @@
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "launch/decode_case.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 #include "launch/report.hpp"
 #include "runtime/context.hpp"
@@ -160,17 +161,13 @@ void bench_cpu_decode(const DecodeBenchOptions& options, bool json) {
 
 // "8x32768".
 DecodeShape shape_of(const std::string& text) {
-  const std::size_t cross = text.find('x');
+  const std::size_t cross = std::min(text.find('x'), text.size() - 1);
   DecodeShape shape;
-  try {
-    require(cross != std::string::npos, ExitCode::usage, "no x");
-    shape = {std::stoll(text.substr(0, cross)), std::stoll(text.substr(cross + 1))};
-    require(shape.batch > 0 && shape.seq > 0 && shape.seq < (1LL << 31), ExitCode::usage, "range");
-  } catch (const std::exception&) {
-    throw Error(
-        ExitCode::usage,
-        fmt::format("bench decode: --shape {}; accepted: SEQUENCESxTOKENS, as 8x32768", text));
-  }
+  require(read_whole(text.substr(0, cross), shape.batch) &&
+              read_whole(text.substr(cross + 1), shape.seq) && shape.batch > 0 && shape.seq > 0 &&
+              shape.seq < (1LL << 31),
+          ExitCode::usage, "bench decode: --shape {}; accepted: SEQUENCESxTOKENS, as 8x32768",
+          text);
   return shape;
 }
 
@@ -196,18 +193,18 @@ void add_options(CLI::App& app, CommandLine& line) {
   app.add_option("--heads", line.heads, "query heads, or query:KV heads")->capture_default_str();
   app.add_option("--head-dim", options.head_dim, "elements of a head")
       ->capture_default_str()
-      ->check(CLI::Range(1, 512));
+      ->check(whole_number<>(1, 512));
   app.add_option("--page-size", options.page_size, "tokens of a page")
-      ->check(CLI::Range(1, 256))
+      ->check(whole_number<>(1, 256))
       ->capture_default_str();
   app.add_option("--mla-heads", options.mla_heads, "query heads over a latent cache")
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number<>(1))
       ->capture_default_str();
   app.add_option("--dtype", options.dtype, "of queries and cache")
       ->check(CLI::IsMember({"bf16", "f16", "f32"}))
       ->capture_default_str();
   app.add_option("--repeats", options.repeats, "timed runs; the median counts")
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number<>(1))
       ->capture_default_str();
   app.add_flag("--json", line.json, "rows for machines");
 }
@@ -220,13 +217,9 @@ void complete(CommandLine& line) {
                       : std::vector<std::string>{"1x65536", "8x8192"};
   }
   for (const std::string& text : line.shapes) options.shapes.push_back(shape_of(text));
-  const std::size_t colon = line.heads.find(':');
-  options.heads = std::atoll(line.heads.c_str());
-  options.kv_heads =
-      colon == std::string::npos ? options.heads : std::atoll(line.heads.c_str() + colon + 1);
-  require(options.kv_heads > 0 && options.heads > 0 && options.heads % options.kv_heads == 0,
-          ExitCode::usage, "bench decode: --heads {}; accepted: QUERY:KV, KV divides QUERY",
-          line.heads);
+  const HeadCounts heads = parse_heads(line.heads, "bench decode");
+  options.heads = heads.query;
+  options.kv_heads = heads.kv;
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 
 #include "kernels/error.hpp"
 #include "launch/bench_row.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 #include "launch/report.hpp"
 #include "runtime/agreement.hpp"
@@ -290,7 +291,7 @@ void bench_io(Arguments arguments) {
       ->capture_default_str();
   app.add_option("--folder", options.folder, "where the scratch files go")->capture_default_str();
   app.add_option("--repeats", options.repeats, "the best of so many")
-      ->check(CLI::Range(1, 1000))
+      ->check(whole_number<int>(1, 1000))
       ->capture_default_str();
   app.add_flag("--collective", options.collective, "read by collective MPI-IO");
   app.add_flag("--json", options.json, "rows as JSON");

@@ -8,6 +8,7 @@
 #include "launch/bench_cpu.hpp"
 #include "launch/bench_cuda.hpp"
 #include "launch/bench_row.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 
 namespace annulus::launch {
@@ -30,22 +31,30 @@ void add_options(CLI::App& app, KernelBenchOptions& options) {
   app.add_option("--backend", options.backend, "where to compute")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  app.add_option("--head-dim", options.head_dims, "head dimensions")->delimiter(',');
-  app.add_option("--seq", options.seqs, "tokens of a sequence")->delimiter(',');
+  app.add_option("--head-dim", options.head_dims, "head dimensions")
+      ->delimiter(',')
+      ->check(whole_number<>(1));
+  app.add_option("--seq", options.seqs, "tokens of a sequence")
+      ->delimiter(',')
+      ->check(whole_number<>(1));
   app.add_option("--dtype", options.dtypes, "computation types")
       ->delimiter(',')
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--group", options.group, "query heads of a KV head")
-      ->check(CLI::PositiveNumber)
+      ->check(whole_number<>(1))
       ->capture_default_str();
   app.add_option("--repeats", options.repeats, "timed runs; the median counts")
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number<>(1));
   app.add_option("--tokens", options.cuda.tokens,
                  "cuda: tokens of a call; the batch is --tokens / --seq")
+      ->check(whole_number<>(1))
       ->capture_default_str();
   app.add_option("--width", options.cuda.width, "cuda: heads are --width / --head-dim")
+      ->check(whole_number<>(1))
       ->capture_default_str();
-  app.add_option("--heads", options.cpu.heads, "cpu: query heads")->capture_default_str();
+  app.add_option("--heads", options.cpu.heads, "cpu: query heads")
+      ->check(whole_number<>(1))
+      ->capture_default_str();
   app.add_option("--mask", options.cpu.masks, "cpu: masks")
       ->delimiter(',')
       ->check(CLI::IsMember({"full", "causal", "window"}))
@@ -67,11 +76,11 @@ CudaBenchOptions cuda_options(const KernelBenchOptions& given) {
           ExitCode::usage, "bench kernels: --dtype on cuda; accepted: one of bf16, f16");
   if (!given.dtypes.empty()) options.dtype = given.dtypes[0];
   for (const std::int64_t seq : options.seqs) {
-    require(seq > 0 && options.tokens % seq == 0, ExitCode::usage,
+    require(options.tokens % seq == 0, ExitCode::usage,
             "bench kernels: --seq {} does not divide --tokens {}", seq, options.tokens);
   }
   for (const std::int64_t head_dim : options.head_dims) {
-    require(head_dim > 0 && options.width % (head_dim * options.group) == 0, ExitCode::usage,
+    require(options.width % (head_dim * options.group) == 0, ExitCode::usage,
             "bench kernels: --width {} is no multiple of --head-dim {} times --group {}",
             options.width, head_dim, options.group);
   }
@@ -85,13 +94,10 @@ CpuBenchOptions cpu_options(const KernelBenchOptions& given) {
   if (!given.dtypes.empty()) options.dtypes = given.dtypes;
   if (given.repeats > 0) options.repeats = given.repeats;
   options.group = given.group;
-  require(options.heads > 0 && options.heads % options.group == 0, ExitCode::usage,
+  require(options.heads % options.group == 0, ExitCode::usage,
           "bench kernels: --heads {} is no multiple of --group {}", options.heads, options.group);
-  for (const std::int64_t seq : options.seqs) {
-    require(seq > 0, ExitCode::usage, "bench kernels: --seq {}; accepted: 1 or more", seq);
-  }
   for (const std::int64_t head_dim : options.head_dims) {
-    require(head_dim > 0 && head_dim % 8 == 0, ExitCode::usage,
+    require(head_dim % 8 == 0, ExitCode::usage,
             "bench kernels: --head-dim {}; accepted on cpu: multiples of 8", head_dim);
   }
   return options;

@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 
 namespace annulus::launch {
@@ -17,10 +18,11 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   CLI::App app("measures an attention over the ranks started", "annulus bench ring");
   app.add_option("--op", options.plan.operation,
                  "ring, all_gather, ulysses, hybrid or auto: by the rates measured");
-  app.add_option("--seq", options.plan.seq_q, "tokens")->check(CLI::PositiveNumber);
-  app.add_option("--batch", options.plan.batch, "batch rows")->check(CLI::PositiveNumber);
+  app.add_option("--seq", options.plan.seq_q, "tokens")->check(whole_number<>(1));
+  app.add_option("--batch", options.plan.batch, "batch rows")->check(whole_number<>(1));
   app.add_option("--heads", options.plan.heads, "query heads, or query:KV heads");
-  app.add_option("--head-dim", options.plan.head_dim, "elements of a head");
+  app.add_option("--head-dim", options.plan.head_dim, "elements of a head")
+      ->check(whole_number<>(1));
   app.add_option("--dtype", options.plan.dtype, "f32, bf16 or f16")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--mask", options.plan.mask, "as in annulus plan");
@@ -33,9 +35,9 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
       ->check(CLI::IsMember({"auto", "mpi", "nccl", "peer"}));
   app.add_flag("!--stages", options.one_launch, "on devices, a launch a stage instead of one");
   app.add_flag("--reproducible", options.plan.reproducible, "the same bits for any ranks");
-  app.add_option("--repeats", options.repeats, "the fastest counts")->check(CLI::PositiveNumber);
+  app.add_option("--repeats", options.repeats, "the fastest counts")->check(whole_number<int>(1));
   app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")
-      ->check(CLI::PositiveNumber);
+      ->check(whole_number<int>(1));
   app.add_flag("--memory", options.memory,
                "print the peak of memory in all repeats beside the planned one only");
   app.add_option("--trace", options.trace, "write what the last run of each pass did, as run does");

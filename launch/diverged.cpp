@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "launch/failure.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 #include "runtime/divergence.hpp"
 #include "runtime/flight_recorder.hpp"
@@ -42,7 +43,8 @@ void name_diverged(Arguments arguments) {
   std::size_t steps = 3;
   bool json = false;
   app.add_option("FOLDER", folder, "where the ranks left their last steps")->required();
-  app.add_option("--steps", steps, "how many of each rank are shown, default 3");
+  app.add_option("--steps", steps, "how many of each rank are shown, default 3")
+      ->check(whole_number<>(0));
   app.add_flag("--json", json, "for machines");
   if (!parse(app, arguments) || !is_speaking_rank()) return;
   leave_peers();

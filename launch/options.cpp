@@ -3,24 +3,17 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <sstream>
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
+#include "runtime/watchdog.hpp"
 
 namespace annulus::launch {
 namespace {
-
-CLI::Validator number_where(bool (*accepts)(double), const std::string& accepted) {
-  return CLI::Validator(
-      [accepts, accepted](const std::string& text) {
-        double number = 0.0;
-        const bool good = CLI::detail::lexical_cast(text, number) && accepts(number);
-        return good ? std::string() : text + " is not " + accepted;
-      },
-      "");
-}
 
 void bind_dataset(CLI::App& app, RunOptions& options, CheckpointField field,
                   const std::string& flag, const std::string& about) {
@@ -56,14 +49,16 @@ void bind_input(CLI::App& app, RunOptions& options) {
 
 void bind_mask(CLI::App& app, RunOptions& options) {
   app.add_flag_function(
-      "--causal,!--no-causal", [&options](std::int64_t count) { options.causal = count > 0; },
-      "keys up to the query, aligned at the end where lengths differ; default: the operation's "
-      "own");
+         "--causal,!--no-causal", [&options](std::int64_t count) { options.causal = count > 0; },
+         "keys up to the query, aligned at the end where lengths differ; default: the operation's "
+         "own")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("--window", options.window,
                  "L,R: keys from L before to R after the query, -1: unbounded")
       ->delimiter(',')
       ->type_name("L,R")
-      ->check(number_where([](double x) { return x >= -1.0; }, "a side of L,R, each -1 or more"));
+      ->check(whole_number<std::int64_t>(-1, std::numeric_limits<std::int64_t>::max(),
+                                         "a side of L,R, each -1 or more"));
   bind_dataset(app, options, CheckpointField::documents, "--documents",
                "dataset, int [B,T], -1 is padding");
   bind_dataset(app, options, CheckpointField::cu_seqlens, "--cu-seqlens", "dataset, int offsets");
@@ -74,11 +69,13 @@ void bind_mask(CLI::App& app, RunOptions& options) {
 
 void bind_mathematics(CLI::App& app, RunOptions& options) {
   app.add_option("--soft-cap", options.soft_cap, "logits become cap·tanh(logit/cap); 0: none")
-      ->check(number_where([](double x) { return x >= 0.0; }, "0 or more"));
-  app.add_option("--scale", options.scale, "of the logits, default head_dim^-0.5");
+      ->check(number_where<float>([](float x) { return x >= 0.0F && std::isfinite(x); },
+                                  "0 or more and finite"));
+  app.add_option("--scale", options.scale, "of the logits, default head_dim^-0.5")
+      ->check(number_where<float>([](float x) { return std::isfinite(x); }, "finite"));
   app.add_option("--dropout", options.dropout, "probability")
-      ->check(number_where([](double x) { return x >= 0.0 && x < 1.0; }, "in [0, 1)"));
-  app.add_option("--seed", options.seed, "of the dropout");
+      ->check(number_where<float>([](float x) { return x >= 0.0F && x < 1.0F; }, "in [0, 1)"));
+  app.add_option("--seed", options.seed, "of the dropout")->check(whole_number<std::uint64_t>(0));
   bind_dtype(app, options.dtype, "--dtype", "of the computation, default the input's");
   bind_dtype(app, options.output_dtype, "--output-dtype", "default the input's");
   app.add_flag("--backward", options.backward, "also writes the gradients, from --grad-output");
@@ -97,7 +94,9 @@ void bind_execution(CLI::App& app, RunOptions& options) {
   app.add_flag("--reproducible", options.reproducible, "the same bits for any number of ranks");
   app.add_flag("--check-finite", options.check_finite, "refuse NaN and Inf in inputs and results");
   app.add_option("--timeout", options.timeout_seconds, "seconds without progress before the end")
-      ->check(number_where([](double x) { return x > 0.0; }, "above 0"));
+      ->check(
+          number_where<double>([](double x) { return x > 0.0 && x <= Watchdog::kLongestTimeout; },
+                               fmt::format("above 0 and at most {}", Watchdog::kLongestTimeout)));
   app.add_option("--rates", options.rates,
                  "for --op auto: measured rates, of `bench ring --rates-out`");
   app.add_option("--trace", options.trace, "write a trace of the stages (JSON)");

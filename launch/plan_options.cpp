@@ -4,13 +4,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <vector>
 
 #include "kernels/error.hpp"
+#include "launch/number_option.hpp"
 #include "launch/parse.hpp"
 #include "runtime/rates_file.hpp"
 #include "sharding/block_forward.hpp"
@@ -21,6 +21,10 @@
 
 namespace annulus::launch {
 namespace {
+
+// Beyond them a plan would take longer than minutes, and pairs of tokens no longer fit 63 bits.
+constexpr std::int64_t kMostRanks = 1 << 20;
+constexpr std::int64_t kMostTokens = std::int64_t{1} << 31;
 
 std::vector<std::string> split(const std::string& text, char separator) {
   std::vector<std::string> parts;
@@ -35,9 +39,8 @@ std::vector<std::string> split(const std::string& text, char separator) {
 
 std::int64_t parse_number(const std::string& text, const std::string& where) {
   std::int64_t number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  require(error == std::errc() && end == text.data() + text.size(), ExitCode::usage,
-          "plan: {}: \"{}\" is no whole number", where, text);
+  require(read_whole(text, number), ExitCode::usage, "plan: {}: \"{}\" is no whole number", where,
+          text);
   return number;
 }
 
@@ -102,14 +105,33 @@ SequenceLayout layout_of(const std::string& name, const MaskSlices& mask, std::i
 
 // Axis sizes whose product is not given by a launcher: the product of what the text says.
 int product_of(const std::string& mesh) {
-  int product = 1;
+  std::int64_t product = 1;
   for (const std::string& part : split(mesh, ',')) {
-    const std::size_t equals = std::min(part.find('='), part.size() - 1);
-    product *= static_cast<int>(parse_number(part.substr(equals + 1), "mesh"));
+    const std::size_t equals = part.find('=');
+    std::int64_t size = 0;
+    const bool whole =
+        equals != std::string::npos && read_whole(std::string_view(part).substr(equals + 1), size);
+    require(whole && size >= 1 && size <= kMostRanks / product, ExitCode::usage,
+            "plan: mesh {} needs axis sizes of 1 or more and {} ranks at most", mesh, kMostRanks);
+    product *= size;
   }
-  require(product > 0, ExitCode::usage,
-          "plan: mesh {} has no ranks; every axis needs a size of 1 or more", mesh);
-  return product;
+  return static_cast<int>(product);
+}
+
+// Pairs and the bytes that all ranks send are counted in 63 bits.
+void require_countable(const PlanOptions& options, double q_heads, double seq_kv, double ranks) {
+  const auto batch = static_cast<double>(options.batch);
+  const auto seq_q = static_cast<double>(options.seq_q);
+  const double pairs = batch * q_heads * seq_q * seq_kv;
+  // Gradients and states travel in fp32, at most six such tensors.
+  const double bytes = batch * q_heads * std::max(seq_q, seq_kv) *
+                       static_cast<double>(options.head_dim) * 24.0 * ranks;
+  require(
+      std::max(pairs, bytes) < 0x1p62, ExitCode::usage,
+      "plan: --batch {} --heads {} --seq-q {} --seq-kv {} --head-dim {} over {} ranks make {:.3g} "
+      "pairs and up to {:.3g} bytes on the way; accepted: {:.3g} of each",
+      options.batch, options.heads, options.seq_q, seq_kv, options.head_dim, ranks, pairs, bytes,
+      0x1p62);
 }
 
 }  // namespace
@@ -119,11 +141,13 @@ std::optional<PlanOptions> parse_plan_options(Arguments arguments) {
   CLI::App app("predicts and draws how ranks would share an attention", "annulus plan");
   app.add_option("--op", options.operation, "ring, all_gather, ulysses, hybrid or auto");
   app.add_option("--mesh", options.mesh, "axis sizes such as sp=8,tp=2");
-  app.add_option("--seq,--seq-q", options.seq_q, "query tokens")->check(CLI::NonNegativeNumber);
-  app.add_option("--seq-kv", options.seq_kv, "key tokens, when not the same");
-  app.add_option("--batch", options.batch, "batch rows")->check(CLI::PositiveNumber);
+  app.add_option("--seq,--seq-q", options.seq_q, "query tokens")
+      ->check(whole_number<>(0, kMostTokens));
+  app.add_option("--seq-kv", options.seq_kv, "key tokens, when not the same")
+      ->check(whole_number<>(0, kMostTokens));
+  app.add_option("--batch", options.batch, "batch rows")->check(whole_number<>(1));
   app.add_option("--heads", options.heads, "query heads, or query:KV heads such as 64:8");
-  app.add_option("--head-dim", options.head_dim, "elements of a head")->check(CLI::PositiveNumber);
+  app.add_option("--head-dim", options.head_dim, "elements of a head")->check(whole_number<>(1));
   app.add_option("--dtype", options.dtype, "f32, bf16 or f16")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--mask", options.mask,
@@ -156,14 +180,14 @@ Rates parse_rates(const std::string& text) {
 }
 
 PlannedAttention plan_attention(const PlanOptions& options) {
-  const std::vector<std::string> heads = split(options.heads, ':');
-  const std::int64_t q_heads = parse_number(heads.front(), "heads");
-  const std::int64_t kv_heads = parse_number(heads.back(), "heads");
+  const auto [q_heads, kv_heads] = parse_heads(options.heads, "plan");
   const Mesh mesh = Mesh::parse(options.mesh, product_of(options.mesh));
   const int ranks = mesh.size("sp");
   const int batch_parts = mesh.size(AxisTuple{"fsdp", "dp"});
   const HeadLayout head_parts(q_heads, kv_heads, mesh.size("tp"));
   const std::int64_t seq_kv = options.seq_kv > 0 ? options.seq_kv : options.seq_q;
+  require_countable(options, static_cast<double>(q_heads), static_cast<double>(seq_kv),
+                    static_cast<double>(mesh.ranks()));
 
   auto request = std::make_shared<PlanRequest>();
   request->batch = split_evenly(options.batch, batch_parts, 0).size();

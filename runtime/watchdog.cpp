@@ -428,8 +428,9 @@ Watchdog& Watchdog::of_process() {
 }
 
 void Watchdog::start(double timeout_seconds) {
-  require(timeout_seconds > 0.0, ExitCode::usage, "watchdog: timeout {} s is not above 0",
-          timeout_seconds);
+  require(timeout_seconds > 0.0 && timeout_seconds <= kLongestTimeout, ExitCode::usage,
+          "watchdog: timeout {} s; accepted: above 0 and at most {}", timeout_seconds,
+          kLongestTimeout);
   thread_->start(timeout_seconds);
 }
 

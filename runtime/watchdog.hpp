@@ -16,8 +16,11 @@ class Watchdog {
   /// The one of this process; it lives until the process ends.
   static Watchdog& of_process();
 
+  /// Seconds, 31 years.
+  static constexpr double kLongestTimeout = 1e9;
+
   /// Starts the thread, before MPI if it shall cover MPI's own start. Later calls change the
-  /// deadline only, and only before connect().
+  /// deadline only, and only before connect(). Throws usage unless above 0 and at most the longest.
   void start(double timeout_seconds);
 
   /// Lets `ranks` ask each other; nothing unless started, which all ranks must be alike.

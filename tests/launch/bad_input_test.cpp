@@ -70,6 +70,14 @@ std::vector<BadInput> bad_inputs() {
   add("no_hdf5", 65, {"in.h5", "HDF5"}).garbage = true;
   add("option", 64, {"--windoww"}, {"--op", "ring", "--windoww", "3"});
   add("value_of_option", 64, {"--soft-cap", "-3"}, {"--op", "ring", "--soft-cap", "-3"});
+  add("scale", 64, {"--scale", "nan", "finite"}, {"--op", "ring", "--scale", "nan"});
+  add("large_scale", 64, {"--scale", "1e39", "finite"}, {"--op", "ring", "--scale", "1e39"});
+  add("soft_cap", 64, {"--soft-cap", "inf", "finite"}, {"--op", "ring", "--soft-cap", "inf"});
+  add("negative_seed", 64, {"--seed", "-1", "0 or more"}, {"--op", "ring", "--seed", "-1"});
+  add("large_seed", 64, {"--seed", "18446744073709551616"},
+      {"--op", "ring", "--seed", "18446744073709551616"});
+  add("timeout", 64, {"--timeout", "inf", "at most 1000000000"},
+      {"--op", "ring", "--timeout", "inf"});
   add("weights", 64, {"ring", "weights", "vanilla"},
       {"--op", "ring", "--mesh", "sp=2", "--weights"});
   add("rates", 64, {"--rates", "auto", "ring"},

@@ -48,6 +48,34 @@ TEST(Plan, RefusesInWordsWhatItCannotPlan) {
   EXPECT_NE(failure_of(options).find("accepted: h100, cpu, or a file"), std::string::npos);
 }
 
+// Sizes whose products leave 63 bits would make a plan of wrong numbers.
+TEST(Plan, RefusesSizesThatItCannotCount) {
+  PlanOptions options;
+  options.head_dim = std::int64_t{1} << 62;
+  EXPECT_NE(failure_of(options).find("--head-dim 4611686018427387904"), std::string::npos);
+  options = {};
+  options.batch = std::int64_t{1} << 40;
+  EXPECT_NE(failure_of(options).find("--batch 1099511627776"), std::string::npos);
+  for (const char* mesh : {"sp=0", "sp=8,tp", "sp=65536,tp=65536", "sp=-1,tp=-1"}) {
+    options = {};
+    options.mesh = mesh;
+    EXPECT_NE(failure_of(options).find(mesh), std::string::npos) << mesh;
+  }
+  for (const char* heads : {"0", "8:0", "8:3", "64:8:1", "eight", "8:99999999999999999999"}) {
+    options = {};
+    options.heads = heads;
+    EXPECT_NE(failure_of(options).find(heads), std::string::npos) << heads;
+  }
+  for (const char* seq : {"-1", "1e6", "99999999999999999999"}) {
+    try {
+      parse_plan_options(std::vector<std::string>{"--seq", seq});
+      ADD_FAILURE() << seq;
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(seq), std::string::npos) << error.what();
+    }
+  }
+}
+
 TEST(Plan, DividesBatchAndHeadsOverTheMesh) {
   PlanOptions options;
   options.operation = "ring";
