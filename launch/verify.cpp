@@ -39,7 +39,9 @@ struct Errors {
   double stored = -1.0;    // -1: no stored reference
   double reference = 0.0;  // of the stored reference itself, to the recomputed rows
   double largest = 0.0;    // of the recomputed outputs
+  double logit = 0.0;      // the largest logarithm of a sum, by magnitude
   double rows = 0.0;
+  double not_finite = 0.0;  // rows, as recomputed
 };
 
 /// The difference, infinite unless both are finite or the same.
@@ -118,11 +120,23 @@ void compare_rows(const Subject& subject, const Checkpoint& input, const RowSamp
   const Selection part =
       Selection(subject.outputs.shape).set(0, {batch}).set(1, rows).set(2, {head});
   const std::vector<double> found = read_doubles(subject.output, subject.outputs, part);
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    errors.outputs = std::max(errors.outputs, difference(found[i], expected.outputs[i]));
-    errors.largest = std::max(errors.largest, std::abs(expected.outputs[i]));
+  const std::size_t columns = found.size() / std::max<std::size_t>(rows.size(), 1);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    bool finite = true;
+    for (std::size_t i = row * columns; i < (row + 1) * columns; ++i) {
+      errors.outputs = std::max(errors.outputs, difference(found[i], expected.outputs[i]));
+      if (std::isfinite(expected.outputs[i])) {
+        errors.largest = std::max(errors.largest, std::abs(expected.outputs[i]));
+      } else {
+        finite = false;
+      }
+    }
+    if (!finite) ++errors.not_finite;
+    if (std::isfinite(expected.log_sum_exp[row])) {
+      errors.logit = std::max(errors.logit, std::abs(expected.log_sum_exp[row]));
+    }
   }
-  errors.rows += static_cast<double>(sample.rows.size());
+  errors.rows += static_cast<double>(rows.size());
   if (const std::optional<DatasetInfo> reference = stored_reference(subject, input)) {
     const std::vector<double> stored = read_doubles(input.file(), *reference, part);
     for (std::size_t i = 0; i < stored.size(); ++i) {
@@ -161,9 +175,14 @@ Errors worst_of_all(Communicator& ranks, const Errors& mine) {
   ranks.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
   Errors worst;
   for (const Errors& one : all) {
-    worst = {std::max(worst.outputs, one.outputs), std::max(worst.log_sum_exp, one.log_sum_exp),
-             std::max(worst.stored, one.stored),   std::max(worst.reference, one.reference),
-             std::max(worst.largest, one.largest), worst.rows + one.rows};
+    worst = {std::max(worst.outputs, one.outputs),
+             std::max(worst.log_sum_exp, one.log_sum_exp),
+             std::max(worst.stored, one.stored),
+             std::max(worst.reference, one.reference),
+             std::max(worst.largest, one.largest),
+             std::max(worst.logit, one.logit),
+             worst.rows + one.rows,
+             worst.not_finite + one.not_finite};
   }
   return worst;
 }
@@ -181,15 +200,17 @@ double few_roundings(const Subject& subject, const Checkpoint& input) {
 }
 
 /// What fp32 arithmetic stays within, and a 16-bit type adds to: of an output, and of a gradient
-/// relative to its norm.
+/// relative to its norm. Weights are as exact as logits, which beyond 64 lose in proportion: 2e-5
+/// are five roundings there.
 struct Allowed {
   double output = 2e-5;
   double gradient = 1e-4;
 };
 
-Allowed allowed_errors(const Subject& subject, const Checkpoint& input, double largest) {
+Allowed allowed_errors(const Subject& subject, const Checkpoint& input, const Errors& errors) {
   const double more = few_roundings(subject, input);
-  return {2e-5 + more * largest, 1e-4 + more};
+  const double of_logits = std::max(errors.logit / 64.0, 1.0);
+  return {2e-5 * of_logits + more * errors.largest, 1e-4 * of_logits + more};
 }
 
 double worst_of(const GradientErrors& gradients) {
@@ -212,6 +233,9 @@ void print_table(const Subject& subject, const Checkpoint& input, const Errors& 
   line("value", input.shape(CheckpointField::value).to_string());
   line("time", format_seconds(report.seconds));
   line("rows in double", fmt::format("{:.0f} of {}", errors.rows, query[0] * query[1] * query[2]));
+  if (errors.not_finite > 0.0) {
+    line("not finite", fmt::format("{:.0f} of these rows", errors.not_finite));
+  }
   line("max error", fmt::format("{:.2e}", errors.outputs));
   if (subject.log_sum_exp) line("max error of LSE", fmt::format("{:.2e}", errors.log_sum_exp));
   if (errors.stored >= 0.0) line("to the reference", fmt::format("{:.2e}", errors.stored));
@@ -232,6 +256,7 @@ void print_json(const Subject& subject, const Errors& errors, const GradientErro
   if (subject.log_sum_exp) json["max_error_log_sum_exp"] = errors.log_sum_exp;
   if (errors.stored >= 0.0) json["max_error_stored_reference"] = errors.stored;
   json["rows"] = static_cast<std::int64_t>(errors.rows);
+  json["rows_not_finite"] = static_cast<std::int64_t>(errors.not_finite);
   json["tolerance"] = allowed.output;
   for (std::size_t i = 0; i < gradients.relative.size(); ++i) {
     if (gradients.relative[i] < 0.0) continue;
@@ -275,7 +300,7 @@ void verify_output(Arguments arguments) {
   const GradientErrors gradients =
       compare_gradients(ranks, *alone, subject.output, input, subject.options, mask);
 
-  const Allowed allowed = allowed_errors(subject, input, errors.largest);
+  const Allowed allowed = allowed_errors(subject, input, errors);
   // A reference of another mask says nothing about this output.
   if (errors.reference > allowed.output) errors.stored = -1.0;
   if (ranks.rank() == 0 && options->json) print_json(subject, errors, gradients, allowed);

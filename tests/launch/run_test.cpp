@@ -159,6 +159,10 @@ TEST(Run, EveryMaskAndOptionOfAFileIsVerified) {
       {"--op", "ulysses", "--cu-seqlens", "cu_seqlens", "--no-causal"},
       {"--op", "ring", "--sinks", "sinks", "--soft-cap", "3", "--window", "20,4", "--no-causal"},
       {"--op", "vanilla", "--bias", "bias", "--scale", "0.3"},
+      {"--op", "ring", "--scale", "30"},
+      {"--op", "ring", "--scale", "0"},
+      {"--op", "ulysses", "--scale", "-1"},
+      {"--op", "ring", "--causal", "--no-causal"},
       {"--op", "flash", "--mask", "mask"},
       {"--op", "flash", "--dropout", "0.2", "--seed", "11", "--mesh", "dp=2"},
       {"--op", "ring", "--dtype", "bf16", "--output-dtype", "f32"},
@@ -186,6 +190,20 @@ TEST(Run, NumbersThatAreNotFiniteAreNamed) {
   ASSERT_EQ(run.messages().size(), 1U) << run.err;
   EXPECT_NE(run.messages()[0].find("query is nan at [0, 5, 1, 3] on rank 0"), std::string::npos)
       << run.messages()[0];
+}
+
+TEST(Verify, CountsRowsThatAreNotFinite) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  const std::string output = folder.file("out.h5");
+  QkvFile file;
+  file.nan_at = 5 * 2 * 16 + 16 + 3;  // of the query [0, 5, 1], whose row alone has it
+  file.write(input);
+  ASSERT_EQ(run_annulus(2, {"run", "--op", "ring", "--input", input, "--output", output}).exit_code,
+            0);
+  const Outcome verify = run_annulus(0, {"verify", output, "--input", input, "--json"});
+  EXPECT_EQ(verify.exit_code, 0) << verify.out << verify.err;
+  EXPECT_EQ(nlohmann::json::parse(verify.out).at("rows_not_finite"), 1);
 }
 
 TEST(Verify, FindsAWrongOutput) {
