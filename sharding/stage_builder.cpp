@@ -4,6 +4,8 @@
 #include <map>
 #include <numeric>
 
+#include "sharding/join_rectangles.hpp"
+
 namespace annulus {
 namespace {
 
@@ -62,6 +64,8 @@ class StageBuilder {
     for (auto& [number, stage] : stages_) {
       stage.number = number;
       stage.slices = localize(mine_, q_layout_.runs(rank_), stage.runs);
+      // The bits of blocks depend on where slices begin.
+      if (rules_.block_rows == 0) stage.slices = join_rectangles(stage.slices);
       stages.push_back(std::move(stage));
     }
     return stages;
