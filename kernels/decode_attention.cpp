@@ -138,7 +138,9 @@ Span visible_keys(const DecodeProblem& problem, std::int64_t p, std::int64_t sta
   Span keys{start, length};
   if (problem.causal) keys.end = std::min(keys.end, p + 1);
   if (problem.window_left >= 0) keys.begin = std::max(keys.begin, p - problem.window_left);
-  if (problem.window_right >= 0) keys.end = std::min(keys.end, p + problem.window_right + 1);
+  if (problem.window_right >= 0) {
+    keys.end = p + 1 + std::min(keys.end - p - 1, problem.window_right);
+  }
   return keys.empty() ? Span{} : keys;
 }
 

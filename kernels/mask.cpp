@@ -17,6 +17,9 @@ std::int64_t clamp_unbounded(std::int64_t bound) {
   return std::clamp(bound, -kUnbounded, kUnbounded);
 }
 
+// Whether a side of a window cuts anything; wider ones would also leave 64 bits.
+bool bounded(std::int64_t side) { return side >= 0 && side < kUnbounded; }
+
 // Σ over i in [0, n) of clamp(first + i, 0, cap): a ramp between two plateaus.
 std::int64_t ramp_sum(std::int64_t first, std::int64_t n, std::int64_t cap) {
   const std::int64_t begin = std::clamp<std::int64_t>(-first, 0, n);         // below: 0
@@ -72,8 +75,8 @@ class SliceBuilder {
 
   void add(Span q, Span k, std::int64_t diagonal) {
     Band window;
-    if (mask_.window_left >= 0) window.lo = diagonal - mask_.window_left;
-    if (mask_.window_right >= 0) window.hi = diagonal + mask_.window_right;
+    if (bounded(mask_.window_left)) window.lo = diagonal - mask_.window_left;
+    if (bounded(mask_.window_right)) window.hi = diagonal + mask_.window_right;
     Band causal = window;
     if (mask_.causal) causal.hi = std::min(causal.hi, diagonal);
     if (mask_.causal && prefix_ > 0) emit({q, intersect(k, {0, prefix_}), window});
@@ -136,6 +139,13 @@ void check_mask(const AttentionMask& mask, std::int64_t batch, std::int64_t seq_
   require(mask.q_segments.empty() || !mask.kv_segments.empty() || seq_q == seq_kv,
           ExitCode::bad_data, "mask: query segments of {} tokens need key segments of {}", seq_q,
           seq_kv);
+  require(mask.window_left >= -1 && mask.window_right >= -1, ExitCode::usage,
+          "mask: window {},{}; accepted: 0 or more, -1 for unbounded", mask.window_left,
+          mask.window_right);
+  for (const std::int64_t length : mask.prefix_lengths) {
+    require(length >= 0, ExitCode::bad_data, "mask: prefix of {} keys; accepted: 0 or more",
+            length);
+  }
   const auto prefixes = static_cast<std::int64_t>(mask.prefix_lengths.size());
   require(prefixes <= 1 || prefixes == batch, ExitCode::bad_data,
           "mask: {} prefix lengths for batch {}; accepted: 1 or {}", prefixes, batch, batch);
@@ -152,8 +162,7 @@ void check_mask(const AttentionMask& mask, std::int64_t batch, std::int64_t seq_
 void append_batch_row(const AttentionMask& mask, std::int64_t b, std::int64_t seq_q,
                       std::int64_t seq_kv, std::vector<Slice>& out) {
   const std::int64_t* prefix = entry(mask.prefix_lengths, b);
-  SliceBuilder builder(mask, seq_kv,
-                       prefix == nullptr ? 0 : std::clamp<std::int64_t>(*prefix, 0, seq_kv), out);
+  SliceBuilder builder(mask, seq_kv, prefix == nullptr ? 0 : std::min(*prefix, seq_kv), out);
   const std::int64_t diagonal = seq_kv - seq_q;
   const std::vector<Segment>* q_segments = entry(mask.q_segments, b);
   if (q_segments == nullptr) return builder.add({0, seq_q}, {0, seq_kv}, diagonal);

@@ -52,8 +52,10 @@ std::vector<std::int64_t> parse_numbers(const std::string& text, const std::stri
 
 std::vector<std::int64_t> random_offsets(const std::vector<std::int64_t>& count_and_seed,
                                          std::int64_t seq) {
-  require(count_and_seed.size() <= 2 && count_and_seed[0] > 0, ExitCode::usage,
-          "plan: random-documents takes COUNT or COUNT,SEED, COUNT above 0");
+  require(count_and_seed.size() <= 2 && count_and_seed[0] > 0 &&
+              count_and_seed[0] <= std::max<std::int64_t>(seq, 1),
+          ExitCode::usage,
+          "plan: random-documents takes COUNT or COUNT,SEED, COUNT from 1 to the {} tokens", seq);
   std::mt19937_64 random(count_and_seed.size() == 2 ? static_cast<std::uint64_t>(count_and_seed[1])
                                                     : 1);
   std::vector<std::int64_t> offsets{0, seq};

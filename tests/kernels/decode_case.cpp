@@ -48,7 +48,7 @@ std::vector<Slice> slices_of(const DecodeOptions& options, const DecodeSequence&
   Slice slice{{0, sequence.rows}, {sequence.start, sequence.length}, {}};
   if (options.causal) slice.band.hi = shift;
   if (options.window_right >= 0) {
-    slice.band.hi = std::min(slice.band.hi, shift + options.window_right);
+    slice.band.hi = std::min(slice.band.hi, shift + std::min(options.window_right, kUnbounded));
   }
   if (options.window_left >= 0) slice.band.lo = shift - options.window_left;
   return {slice};

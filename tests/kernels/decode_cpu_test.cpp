@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <limits>
+
 #include "kernels/cpu/targets.hpp"
 // clang-format off
 #include "hwy/targets.h"
@@ -84,6 +86,7 @@ DecodeOptions random_options(std::uint64_t seed) {
   options.causal = pick(random, 0, 3) > 0;
   if (pick(random, 0, 2) == 0) options.window_left = pick(random, 0, 90);
   if (pick(random, 0, 3) == 0) options.window_right = pick(random, 0, 20);
+  if (pick(random, 0, 9) == 0) options.window_right = std::numeric_limits<std::int64_t>::max();
   if (pick(random, 0, 3) == 0) options.soft_cap = 3.0F;
   options.sinks = pick(random, 0, 2) == 0;
   if (pick(random, 0, 5) == 0) options.spread = static_cast<float>(pick(random, -2, 1));

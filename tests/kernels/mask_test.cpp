@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <limits>
 #include <random>
 
 #include "kernels/error.hpp"
@@ -54,6 +55,29 @@ TEST(Slice, AreaClipAndCoverageMatchBruteForce) {
                                                                        : Coverage::partial;
     EXPECT_EQ(slice.coverage(rows, columns), expected);
   }
+}
+
+TEST(Slices, WindowsOfAnyWidthKeepWhatTheyCover) {
+  constexpr std::int64_t kWidest = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t side : {std::int64_t{9}, kUnbounded - 1, kUnbounded, kWidest}) {
+    AttentionMask mask;
+    mask.window_left = side;
+    mask.window_right = 0;
+    EXPECT_EQ(make_slices(mask, 1, 10, 10).area(0), 55) << side;
+    EXPECT_EQ(make_slices(mask, 1, 4, 10).area(0), 34) << side;
+    mask.window_right = side;
+    EXPECT_EQ(make_slices(mask, 1, 10, 10).area(0), 100) << side;
+    EXPECT_EQ(make_slices(mask, 1, 10, 4).area(0), 40) << side;
+  }
+}
+
+TEST(Slices, NegativeSidesAndPrefixesAreRefused) {
+  AttentionMask mask;
+  mask.window_left = -2;
+  EXPECT_THROW(make_slices(mask, 1, 4, 4), Error);
+  mask.window_left = -1;
+  mask.prefix_lengths = {-1};
+  EXPECT_THROW(make_slices(mask, 1, 4, 4), Error);
 }
 
 // After clip() the first and the last row and key each hold a kept pair.
