@@ -16,10 +16,12 @@ namespace annulus::kernels::sm90 {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634F;
-constexpr std::int64_t kLongPass = 32;     // blocks of queries, beside which its end is short
+constexpr std::int64_t kLongPass = 32;  // blocks of queries, beside which its end is short
+constexpr std::int64_t kLongUnequalPass = 4;
 constexpr std::int64_t kTurnBlocks = 4;    // of queries pass while an addition and its turn do
 constexpr std::int64_t kDriftRows = 4096;  // of a pass
-constexpr std::int64_t kDriftBytes = 768;  // of one of them: Q, dO and dQ of 96 columns
+constexpr std::int64_t kPasses = 16;       // of a thread block in a section
+constexpr std::int64_t kMostPasses = 20;   // without sections
 constexpr std::int64_t kSectionBytes = std::int64_t{32} << 20;  // of queries in L2
 
 std::int32_t narrow(std::int64_t value) {
@@ -165,9 +167,9 @@ bool passes_drift(const BackwardCall& call, const ForwardWork& work, const Backw
 }
 
 /// A chunk of query heads shares one pass over a block of keys, which saves loads and additions of
-/// dK and dV; fewer than the group where the pass is long enough without, since passes of unequal
-/// length drift apart from head to head and no longer find each other's queries in L2, and where
-/// there would be too little work for the device.
+/// dK and dV; fewer than the group where the pass is long enough without, and soon so where passes
+/// are of unequal length, since those drift apart from head to head and no longer find each other's
+/// queries in L2, and where there would be too little work for the device.
 void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWork& work,
                const BackwardVariant& variant, int processors) {
   const AttentionProblem& problem = call.problem;
@@ -178,11 +180,14 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   const std::int64_t kv_heads = (offset + problem.q_heads() - 1) / group - first + 1;
   std::int64_t chunk = group;
   const std::int64_t blocks = work.rows() * kv_heads * (work.per_batch ? 1 : problem.batch());
-  const std::int64_t query_blocks = blocks_of_queries(work, static_cast<std::int32_t>(variant.keys),
-                                                      static_cast<std::int32_t>(variant.queries)) /
-                                    work.rows();
+  const auto keys = static_cast<std::int32_t>(variant.keys);
+  const auto queries = static_cast<std::int32_t>(variant.queries);
+  const std::int64_t query_blocks = blocks_of_queries(work, keys, queries) / work.rows();
+  const bool unequal = 4 * query_blocks < 3 * most_blocks_of_queries(work, keys, queries);
+  const std::int64_t long_pass =
+      unequal && row_bytes(problem) >= kDriftBytes ? kLongUnequalPass : kLongPass;
   const auto halves = [&] {
-    return (chunk + 1) / 2 * query_blocks >= kLongPass ||
+    return (chunk + 1) / 2 * query_blocks >= long_pass ||
            blocks * ((group + chunk - 1) / chunk) < std::int64_t{4} * processors;
   };
   while (!call.deterministic && chunk > 1 && halves()) chunk = (chunk + 1) / 2;
@@ -200,11 +205,19 @@ void set_units(BackwardParams& params, const BackwardCall& call, const ForwardWo
   const std::int64_t bytes =
       std::max<std::int64_t>(problem.seq_q() * chunk * row_bytes(problem), 1);
   const std::int64_t pass_rows = call.deterministic ? 0 : query_blocks * chunk * variant.queries;
-  const bool drift = passes_drift(call, work, variant, chunk);
-  std::int64_t section = std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} /
-                                                             keys_together(pass_rows, drift));
-  // Rather twice as many at once than two sections.
-  if (drift && pass_rows <= kLongPassRows && params.units <= 2 * section) section = params.units;
+  const std::int64_t together = keys_together(pass_rows, row_bytes(problem));
+  std::int64_t section =
+      std::max(kSectionBytes / bytes, processors * std::int64_t{variant.keys} / together);
+  // Rather twice as many at once than two sections; but those that begin together drift apart in
+  // the long run, which the next section ends.
+  if (together > kFewKeysTogether && pass_rows <= kLongPassRows) {
+    const std::int64_t passes = std::int64_t{params.entries} * params.units;
+    if (passes <= kMostPasses * processors) {
+      if (params.units <= 2 * section) section = params.units;
+    } else if (pass_rows >= kDriftRows) {
+      section = std::min(section, kPasses * processors / params.entries);
+    }
+  }
   if (call.deterministic) {
     section = std::max(section, units_for_turns(query_blocks, chunk, processors));
   }

@@ -27,6 +27,16 @@ std::int64_t blocks_met(const TileSlice& slice, std::int32_t k_begin, std::int32
   return (queries_met(slice, k_begin, k_end) + queries - 1) / queries;
 }
 
+std::int64_t blocks_of_entry(const ForwardWork& work, const TileEntry& entry,
+                             std::int32_t block_keys, std::int32_t queries) {
+  std::int64_t blocks = 0;
+  for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
+    const TileSlice& slice = work.slices[static_cast<std::size_t>(i)];
+    blocks += blocks_met(slice, entry.q_begin, block_keys, queries);
+  }
+  return blocks;
+}
+
 /// When the last of `pieces` jobs of length `piece` is done, which workers take as soon as they
 /// have done the `tiles` jobs of length `whole` before.
 double end_of_pieces(std::int64_t tiles, double whole, std::int64_t pieces, double piece,
@@ -157,12 +167,18 @@ std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
                                std::int32_t queries) {
   std::int64_t blocks = 0;
   for (const TileEntry& entry : work.entries) {
-    for (std::int32_t i = entry.slice_begin; i < entry.slice_end; ++i) {
-      const TileSlice& slice = work.slices[static_cast<std::size_t>(i)];
-      blocks += blocks_met(slice, entry.q_begin, block_keys, queries);
-    }
+    blocks += blocks_of_entry(work, entry, block_keys, queries);
   }
   return blocks;
+}
+
+std::int64_t most_blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
+                                    std::int32_t queries) {
+  std::int64_t most = 0;
+  for (const TileEntry& entry : work.entries) {
+    most = std::max(most, blocks_of_entry(work, entry, block_keys, queries));
+  }
+  return most;
 }
 
 std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std::int32_t queries) {
@@ -226,9 +242,10 @@ void cut_entries(ForwardWork& work, const TailCut& cut, std::int32_t block_keys,
   }
 }
 
-std::int64_t keys_together(std::int64_t pass_rows, bool drift) {
+std::int64_t keys_together(std::int64_t pass_rows, std::int64_t row_bytes) {
   if (pass_rows > kLongPassRows) return pass_rows / 8;
-  return drift ? 2048 : 512;
+  if (row_bytes < kDriftBytes || pass_rows < 1024) return kFewKeysTogether;
+  return pass_rows < 4096 ? 1024 : 2048;
 }
 
 bool covers_all_keys(const ForwardWork& work, std::int64_t batch, std::int64_t seq_kv,

@@ -22,6 +22,10 @@ ForwardWork plan_backward(const SliceList& mask, std::int64_t batch, std::int32_
 std::int64_t blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
                                std::int32_t queries);
 
+/// The most of them that one block of keys meets.
+std::int64_t most_blocks_of_queries(const ForwardWork& work, std::int32_t block_keys,
+                                    std::int32_t queries);
+
 /// How the last blocks of keys of a launch are cut by their queries, so that its thread blocks end
 /// together, where `units` units go through each and all passes are the same; else not at all.
 /// The last `last_units` of the units come after the others.
@@ -38,12 +42,15 @@ void cut_entries(ForwardWork& work, const TailCut& cut, std::int32_t block_keys,
 std::int64_t equal_blocks(const ForwardWork& work, std::int32_t block_keys, std::int32_t queries);
 
 inline constexpr std::int64_t kLongPassRows = 20 * 1024;
+inline constexpr std::int64_t kFewKeysTogether = 512;
+/// Of Q, dO and dQ of 96 columns, in a row from which on passes drift apart.
+inline constexpr std::int64_t kDriftBytes = 768;
 
 /// How many keys of a head should go through its queries at the same time, in passes of `pass_rows`
 /// rows. Blocks of keys that keep together find Q, dO and dQ in L2, and many add to dQ at a lower
-/// rate; but the longer a pass, the further few of them `drift` apart, those that all begin at the
-/// same query in shorter passes already. Measured on an H200, D = 128.
-std::int64_t keys_together(std::int64_t pass_rows, bool drift);
+/// rate; but the longer a pass, and the more `row_bytes` of Q, dO and dQ it touches, the further
+/// few of them drift apart. Measured on an H200, D = 128.
+std::int64_t keys_together(std::int64_t pass_rows, std::int64_t row_bytes);
 
 /// Whether each of the `seq_kv` keys of each of `batch` rows lies in a block, and the blocks' ends,
 /// but for the last, at multiples of `box` keys from their beginnings.

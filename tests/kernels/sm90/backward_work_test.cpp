@@ -220,12 +220,22 @@ TEST(BackwardWork, CutsEntriesIntoPiecesThatCoverEachPairOnce) {
 }
 
 TEST(BackwardWork, KeepsMoreKeysTogetherInLongerPasses) {
-  for (const bool drift : {false, true}) {
-    EXPECT_EQ(keys_together(16 * 1024, drift), drift ? 2048 : 512);
-    EXPECT_EQ(keys_together(32 * 1024, drift), 4096);
-    EXPECT_EQ(keys_together(64 * 1024, drift), 8192);
-    EXPECT_EQ(keys_together(std::int64_t{1} << 40, drift), std::int64_t{1} << 37);
+  for (const std::int64_t row_bytes : {512, 1024}) {
+    const bool wide = row_bytes == 1024;
+    EXPECT_EQ(keys_together(1000, row_bytes), 512);
+    EXPECT_EQ(keys_together(2 * 1024, row_bytes), wide ? 1024 : 512);
+    EXPECT_EQ(keys_together(16 * 1024, row_bytes), wide ? 2048 : 512);
+    EXPECT_EQ(keys_together(32 * 1024, row_bytes), 4096);
+    EXPECT_EQ(keys_together(64 * 1024, row_bytes), 8192);
+    EXPECT_EQ(keys_together(std::int64_t{1} << 40, row_bytes), std::int64_t{1} << 37);
   }
+}
+
+TEST(BackwardWork, FindsTheLongestPass) {
+  const std::vector<Slice> slices{{{0, 800}, {0, 256}, {}}, {{300, 400}, {128, 512}, {}}};
+  const ForwardWork work = plan_backward({slices, {}}, 1, 128, BlockOrder::most_queries_first);
+  EXPECT_EQ(blocks_of_queries(work, 128, 80), 10 + 12 + 2 + 2);
+  EXPECT_EQ(most_blocks_of_queries(work, 128, 80), 12);
 }
 
 TEST(BackwardWork, KnowsWhetherPassesAreEqual) {
