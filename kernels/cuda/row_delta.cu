@@ -13,11 +13,12 @@ constexpr int kPiece = 8;  // elements
 constexpr unsigned kRowsAtOnce = 4;
 constexpr std::int64_t kMaxGridRows = 65535;
 
-/// [batch, seq, heads], strides in elements.
+/// [batch, seq, heads], strides in elements. `step` leads from a row to that which a thread takes
+/// next, heads innermost, and `wrapped` where that passes the last head.
 template <typename Element>
 struct Rows {
   Element* data;
-  std::int64_t batch, q, head;
+  std::int64_t batch, q, head, step, wrapped;
 
   __device__ Element* at(unsigned b, unsigned row, unsigned heads) const {
     return data + b * batch + row / heads * q + row % heads * head;
@@ -41,30 +42,42 @@ __device__ inline float product(const uint4& a, const uint4& b) {
   return sum;
 }
 
-/// A block of rows of batch row blockIdx.y; heads are innermost.
+/// A block of rows of batch row blockIdx.y; heads are innermost, `head_step` those of a step. No
+/// division but at the begin: the loads of a thread are under way together.
 template <typename Element, typename Pair, int kLanes>
 __global__ void sum_pieces(Rows<const Element> o, Rows<const Element> grad_o, Rows<float> delta,
-                           unsigned heads, unsigned rows, unsigned pieces) {
+                           unsigned head_step, unsigned heads, unsigned rows, unsigned pieces) {
   constexpr unsigned kGroups = kThreads / kLanes;
   const unsigned lane = threadIdx.x % kLanes;
   const unsigned first = blockIdx.x * kGroups * kRowsAtOnce + threadIdx.x / kLanes;
+  const Element* left_row = o.at(blockIdx.y, first, heads) + lane * kPiece;
+  const Element* right_row = grad_o.at(blockIdx.y, first, heads) + lane * kPiece;
+  float* sum_row = delta.at(blockIdx.y, first, heads);
+  unsigned head = first % heads;
   uint4 left[kRowsAtOnce];
   uint4 right[kRowsAtOnce];
+  float* sums[kRowsAtOnce];
 #pragma unroll
   for (unsigned i = 0; i < kRowsAtOnce; ++i) {
-    const unsigned row = first + i * kGroups;
     left[i] = right[i] = make_uint4(0, 0, 0, 0);
-    if (lane >= pieces || row >= rows) continue;
-    left[i] = reinterpret_cast<const uint4*>(o.at(blockIdx.y, row, heads))[lane];
-    right[i] = reinterpret_cast<const uint4*>(grad_o.at(blockIdx.y, row, heads))[lane];
+    sums[i] = sum_row;
+    if (lane < pieces && first + i * kGroups < rows) {
+      left[i] = *reinterpret_cast<const uint4*>(left_row);
+      right[i] = *reinterpret_cast<const uint4*>(right_row);
+    }
+    head += head_step;
+    const bool wraps = head >= heads;
+    if (wraps) head -= heads;
+    left_row += wraps ? o.wrapped : o.step;
+    right_row += wraps ? grad_o.wrapped : grad_o.step;
+    sum_row += wraps ? delta.wrapped : delta.step;
   }
 #pragma unroll
   for (unsigned i = 0; i < kRowsAtOnce; ++i) {
-    const unsigned row = first + i * kGroups;
     float sum = product<Pair>(left[i], right[i]);
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0U, sum, step);
-    if (lane == 0 && row < rows) *delta.at(blockIdx.y, row, heads) = sum;
+    if (lane == 0 && first + i * kGroups < rows) *sums[i] = sum;
   }
 }
 
@@ -75,23 +88,32 @@ bool has_pieces(const ConstTensorView& view) {
          view.strides[2] % kPiece == 0;
 }
 
+/// The rows of [batch, seq, heads], of which a thread takes each `apart`-th.
 template <typename Element>
-Rows<const Element> rows_of(const ConstTensorView& view) {
-  return {static_cast<const Element*>(view.data), view.strides[0], view.strides[1],
-          view.strides[2]};
+Rows<Element> rows_of(Element* data, std::int64_t batch, std::int64_t q, std::int64_t head,
+                      std::int64_t heads, std::int64_t apart) {
+  const std::int64_t step = apart / heads * q + apart % heads * head;
+  return {data, batch, q, head, step, step + q - heads * head};
 }
 
 template <typename Element, typename Pair, int kLanes>
 void launch(const ConstTensorView& o, const ConstTensorView& grad_o, const TensorView& delta,
             cudaStream_t stream) {
-  const auto heads = static_cast<unsigned>(o.shape[2]);
-  const auto rows = static_cast<unsigned>(o.shape[1] * o.shape[2]);
-  constexpr unsigned kRows = kThreads / kLanes * kRowsAtOnce;
+  const std::int64_t heads = o.shape[2];
+  const auto rows = static_cast<unsigned>(o.shape[1] * heads);
+  constexpr unsigned kGroups = kThreads / kLanes;
+  constexpr unsigned kRows = kGroups * kRowsAtOnce;
   const dim3 grid((rows + kRows - 1) / kRows, static_cast<unsigned>(o.shape[0]));
+  const auto elements = [&](const ConstTensorView& view) {
+    return rows_of(static_cast<const Element*>(view.data), view.strides[0], view.strides[1],
+                   view.strides[2], heads, kGroups);
+  };
   sum_pieces<Element, Pair, kLanes><<<grid, kThreads, 0, stream>>>(
-      rows_of<Element>(o), rows_of<Element>(grad_o),
-      {static_cast<float*>(delta.data), delta.strides[0], delta.strides[2], delta.strides[1]},
-      heads, rows, static_cast<unsigned>(o.shape[3] / kPiece));
+      elements(o), elements(grad_o),
+      rows_of(static_cast<float*>(delta.data), delta.strides[0], delta.strides[2], delta.strides[1],
+              heads, kGroups),
+      static_cast<unsigned>(kGroups % heads), static_cast<unsigned>(heads), rows,
+      static_cast<unsigned>(o.shape[3] / kPiece));
   ANNULUS_CHECK_CUDA(cudaGetLastError());
 }
 
