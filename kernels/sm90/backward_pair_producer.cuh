@@ -87,6 +87,9 @@ class PairProducer {
  private:
   using Shared = SharedPair<Tile>;
   using Element = typename Tile::Element;
+  /// In order a copy, because to look for turns empties L1 again and again.
+  using SliceView = std::conditional_t<Tile::kOrdered, TileSlice, const TileSlice&>;
+
   /// The next block of keys to the place where all find it, once all are done with the last.
   __device__ bool take_work() {
     if (rank_ != 0 && lane_ == 0) mbarrier_arrive_expect(&shared_.work_full, sizeof(KeyItem));
@@ -143,13 +146,13 @@ class PairProducer {
     int first = kFirstOfItem;
     for (int head = item.head_begin; head < item.head_end; ++head) {
       for (int slice = item.slice_begin; slice < item.slice_end; ++slice) {
-        const TileSlice& s = params_.slice_table[slice];
+        const SliceView s = params_.slice_table[slice];
         const int2 queries = queries_of(s, pair_begin, item.k_end);
         if (queries.x > queries.y) continue;  // the first block may begin before both
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
           if constexpr (Tile::kOrdered)
-            turn_ = turn_of<Tile>(params_, item, slice, pair_begin, q, Tile::kPairKeys);
+            turn_ = turn_of<Tile>(params_, item, s, slice, pair_begin, q, Tile::kPairKeys);
           load_block(s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
           first = 0;
         }

@@ -38,6 +38,7 @@ class PairQueries {
     const int head = note.head;
     const int batch = note.batch;
     const std::uint32_t turn = Tile::kOrdered ? shared_.turns[note_] : 0;
+    const bool wanted = params_.grad_q.data != nullptr;
     wgmma_fence();
     multiply(
         dq, memory_.here(offsetof(Shared, grad_s), slot_.index, sizeof(Shared::grad_s[0])),
@@ -47,6 +48,8 @@ class PairQueries {
              memory_.here(offsetof(Shared, partner_grad_s), slot_.index, sizeof(Shared::grad_s[0])),
              memory_.here(offsetof(Shared, partner_k)), true);
     wgmma_commit();
+    std::uint32_t* const counter = Tile::kOrdered ? turn_at(q, head, batch) : nullptr;
+    const bool come = Tile::kOrdered && wanted && is_turn(counter, turn);
     wgmma_wait<0>();
     pin_registers(dq);
     memory_.arrive_both(offsetof(Shared, grad_s_empty), slot_.index);
@@ -56,10 +59,10 @@ class PairQueries {
       arrive_warp(&shared_.kv_empty);
       kv_parity_ ^= 1;
     }
-    if (params_.grad_q.data == nullptr) return;
+    if (!wanted) return;
     if constexpr (Tile::kOrdered) {
       pass_turn();
-      await_turn(turn_at(q, head, batch), turn);
+      await_turn(counter, turn, come);
     }
     reduce(dq, q, head, batch);
     if constexpr (Tile::kOrdered) {
@@ -129,10 +132,16 @@ class PairQueries {
            (q / 16 + static_cast<int>(threadIdx.x % 128 / 32)) * 2 + rank_;
   }
 
-  __device__ void await_turn(std::uint32_t* counter, std::uint32_t turn) {
+  /// For the lane that adds; looked at beside the product first.
+  __device__ static bool is_turn(const std::uint32_t* counter, std::uint32_t turn) {
+    return threadIdx.x % 32 != 0 || current_turn(counter) == turn;
+  }
+
+  __device__ void await_turn(std::uint32_t* counter, std::uint32_t turn, bool come) {
     passed_ = counter;
     next_turn_ = turn + 1;
-    if (threadIdx.x % 32 == 0) await_turn_at(counter, turn);
+    while (!come) come = is_turn(counter, turn);
+    if (threadIdx.x % 32 == 0) fence_async_global();
     __syncwarp();
   }
 

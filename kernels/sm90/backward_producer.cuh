@@ -85,7 +85,7 @@ class BackwardProducer {
         for (int q = first_block<Tile>(queries.x); q <= queries.y; q += Tile::kQueries) {
           --remaining;
           if constexpr (Tile::kOrdered)
-            turn_ = turn_of<Tile>(params_, item, slice, item.k_begin, q, Tile::kKeys);
+            turn_ = turn_of<Tile>(params_, item, s, slice, item.k_begin, q, Tile::kKeys);
           load_block(item, s, head, q, first | (remaining == 0 ? kLastOfItem : 0));
           first = 0;
         }

@@ -65,16 +65,21 @@ __device__ inline KeyItem key_item(const BackwardParams& params, int ticket, int
   return item;
 }
 
-/// Additions to the queries from `q` on that come before those of an item's keys, in blocks of
-/// `keys` keys, the first at k_begin. Tickets are taken in the order of entries, from the first
-/// keys to the last, so that whoever waits for a turn waits for earlier tickets. All lanes of a
-/// warp.
+/// Additions to the queries from `q` on that come before those of slice s of an item's keys, in
+/// blocks of `keys` keys, the first at k_begin. Tickets are taken in the order of entries, from the
+/// first keys to the last, so that whoever waits for a turn waits for earlier tickets. All lanes of
+/// a warp.
 template <typename Tile>
 __device__ inline std::uint32_t turn_of(const BackwardParams& params, const KeyItem& item,
-                                        int slice, int k_begin, int q, int keys) {
+                                        const TileSlice& s, int slice, int k_begin, int q,
+                                        int keys) {
+  if (item.slice_end - s.batch_begin == 1) {  // alone: the table, which L1 forgets, is not needed
+    return static_cast<std::uint32_t>(
+        turns_before(s, slice, slice, slice, k_begin, q, Tile::kQueries, keys));
+  }
   const int lane = static_cast<int>(threadIdx.x % 32);
   int earlier = 0;
-  for (int i = params.slice_table[slice].batch_begin + lane; i < item.slice_end; i += 32) {
+  for (int i = s.batch_begin + lane; i < item.slice_end; i += 32) {
     earlier += turns_before(params.slice_table[i], i, item.slice_begin, slice, k_begin, q,
                             Tile::kQueries, keys);
   }
