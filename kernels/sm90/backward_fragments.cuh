@@ -105,6 +105,13 @@ __device__ inline void store_matrices_transposed(std::uint32_t row, const std::u
                : "memory");
 }
 
+__device__ inline void load_matrices(std::uint32_t row, std::uint32_t (&matrices)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(row)
+               : "memory");
+}
+
 /// Where store_gradient_rows() of this lane begins, in bytes from a box [query][64 keys].
 __device__ inline std::uint32_t gradient_row_bytes() {
   const std::uint32_t lane = threadIdx.x % 32;

@@ -37,6 +37,7 @@ class BackwardGroup {
     while ((flags & kNoMoreItems) == 0) {
       mbarrier_wait(&shared_.k_full[at_.kv.index], at_.kv.parity);
       clear_foreign_keys();
+      hold_keys();
       mbarrier_wait(&shared_.v_full[at_.kv.index], at_.kv.parity);
       bool accumulate = false;
       while (true) {
@@ -128,9 +129,7 @@ class BackwardGroup {
     }
     await_scores_turn();
     wgmma_fence();
-    issue_scores<Tile, QkTile, Tile::kHeadDim>(
-        s, QkTile::k_major(keys() + group_ * 64 * QkTile::kColumns * 2),
-        QkTile::k_major(queries()));
+    start_scores(s);
     float2 lse[kCount / 4];
     if constexpr (!kMasked) load_statistics(lse, offsetof(Shared, lse));
     // What is in flight must not depend on a branch: masks come first.
@@ -145,9 +144,14 @@ class BackwardGroup {
         dp, VTile::k_major(values() + group_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()));
     if constexpr (kMasked) load_statistics(lse, offsetof(Shared, lse));
     exponentials<kMasked>(s, p, lse);
-    gradient<kMasked>(s, dp, p, ds);
     const int slot = at_.scores.index;
-    mbarrier_wait(barrier(offsetof(Shared, grad_s_empty), slot), at_.scores.parity ^ 1);
+    // Of two warpgroups before dP is waited for: else the assembler sinks the exponentials there.
+    if constexpr (!Tile::kTurns) {
+      await_slot(slot);
+      pin_registers(s);
+    }
+    gradient<kMasked>(s, dp, p, ds);
+    if constexpr (Tile::kTurns) await_slot(slot);
     store_gradient_rows(ds, grad_s(slot) + group_ * Tile::kQueries * 128 + row_bytes_);
     wgmma_fence();
     issue_key_gradient<Tile, VTile, Tile::kValueDim>(dv, p, grad_o(), accumulate);
@@ -159,6 +163,10 @@ class BackwardGroup {
       finish_half(accumulate, (flags & kLastOfItem) != 0, p, ds, dk, dv);
     }
     at_.advance();
+  }
+
+  __device__ void await_slot(int slot) const {
+    mbarrier_wait(barrier(offsetof(Shared, grad_s_empty), slot), at_.scores.parity ^ 1);
   }
 
   /// A half of the last block's dQ, and dK under its way out. dV is under way. What is in flight
@@ -245,6 +253,30 @@ class BackwardGroup {
     pin_registers(dk.values);
     pin_registers(ds);
     arrive_warp(barrier(offsetof(Shared, q_empty), at_.ring.index));
+  }
+
+  /// K's first 16 columns, from registers, leave shared memory to others while S is multiplied.
+  /// There is no room for more.
+  __device__ void hold_keys() {
+    if constexpr (Tile::kHoldsKeys) {
+      const std::uint32_t lane = threadIdx.x % 32;
+      const std::uint32_t key = group_ * 64 + threadIdx.x % 128 / 32 * 16 + lane % 16;
+      load_matrices(keys() + key * 128 + (lane / 16 ^ key % 8) * 16, held_);
+      pin_registers(held_);
+    }
+  }
+
+  __device__ void start_scores(float (&s)[kCount]) const {
+    using Shape = WgmmaShape<Element, Tile::kQueries>;
+    const std::uint64_t a = QkTile::k_major(keys() + group_ * 64 * QkTile::kColumns * 2);
+    const std::uint64_t b = QkTile::k_major(queries());
+    if constexpr (Tile::kHoldsKeys) Shape::registers_k_major(s, held_, b, false);
+#pragma unroll
+    for (int step = Tile::kHoldsKeys ? 1 : 0; step < Tile::kHeadDim / 16; ++step) {
+      Shape::shared(s, advance(a, QkTile::k_major_step(step, Tile::kKeys)),
+                    advance(b, QkTile::k_major_step(step, Tile::kQueries)), step != 0);
+    }
+    wgmma_commit();
   }
 
   /// S to P in fp32, in place; with a soft cap to P times its slope, and P itself to `p`.
@@ -441,6 +473,7 @@ class BackwardGroup {
   int next_flags_ = 0;
   int turn_ = 0;  // the warpgroup that takes dQ of the block of queries
   Place<Tile> at_;
+  std::uint32_t held_[4];  // of K, as an operand of S
 };
 
 }  // namespace annulus::kernels::sm90

@@ -24,6 +24,7 @@ struct BackwardTile {
   static constexpr Division kDivision = kDivision_;
   static constexpr bool kTurns = kDivision == Division::turns;
   static constexpr bool kDrained = kTurns || kDivision == Division::halves;  // dQ, by a warp
+  static constexpr bool kHoldsKeys = kTurns;                                 // a part, in registers
   static constexpr int kGroups = kTurns ? 3 : 2;  // warpgroups with dK and dV, or one of them
   static constexpr int kKeys = 64 * kGroups;
   static constexpr int kStages = kStages_;            // of Q and dO
