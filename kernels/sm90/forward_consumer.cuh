@@ -31,6 +31,7 @@ class ForwardConsumer {
     } else {
       run_serial();
     }
+    if (Tile::kStaging != Tile::Staging::none && threadIdx.x % 32 == 0) bulk_wait<0>();
   }
 
  private:
@@ -87,9 +88,7 @@ class ForwardConsumer {
       pin_registers(p);
       release_values();
       if (flags & kFirstOfTile) [[unlikely]] {
-        finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
-                             done);
-        ++tile_;
+        write_tile(o, done);
       } else if (renewed) [[unlikely]] {
         scale_rows(o, factor);
       }
@@ -134,11 +133,8 @@ class ForwardConsumer {
       wgmma_wait<0>();
       pin_registers(o);
       release_values();
-      if (flags & kLastOfTile) [[unlikely]] {
-        finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
-                             rows);
-        ++tile_;
-      }
+      if (flags & kLastOfTile) [[unlikely]]
+        write_tile(o, rows);
       flags = next_flags;
     }
   }
@@ -231,6 +227,7 @@ class ForwardConsumer {
   /// documents.
   __device__ int pass_over_unseen(int flags) {
     while ((flags & (kUnseen << warpgroup_ | kLastOfTile)) == kUnseen << warpgroup_) {
+      release_staging();
       release_keys();
       // Only values that have come may be given back: others may still read those of the turn
       // before.
@@ -292,9 +289,31 @@ class ForwardConsumer {
     pin_registers(o);
     pin_registers(p);
     release_values();
-    finish_tile<Element>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o,
-                         rows);
+    write_tile(o, rows);
+  }
+
+  __device__ void write_tile(float (&o)[Tile::kValueDim / 2], const RowStatistics& rows) {
+    Element* staging = nullptr;
+    if constexpr (Tile::kStaging == Tile::Staging::own) staging = shared_.o[warpgroup_];
+    if constexpr (Tile::kStaging == Tile::Staging::queries) {
+      staging = shared_.q[tile_ % Tile::kQueryBuffers][warpgroup_];
+      keeps_queries_ = params_.staged;
+    }
+    finish_tile<Tile>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o, rows,
+                      staging);
     ++tile_;
+  }
+
+  /// Gives back the queries in whose place the tile before was written. Before more keys are waited
+  /// for: the producer may be waiting for the queries' place.
+  __device__ void release_staging() {
+    if constexpr (Tile::kStaging == Tile::Staging::queries) {
+      if (!keeps_queries_) [[likely]]
+        return;
+      keeps_queries_ = false;
+      if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
+      release(&shared_.q_empty[(tile_ - 1) % Tile::kQueryBuffers]);
+    }
   }
 
   __device__ void issue_scores(float (&s)[Tile::kBlock / 2]) {
@@ -376,8 +395,11 @@ class ForwardConsumer {
   /// Stands between softmax and the wait for P·V on purpose: the assembler hoists that wait over
   /// arithmetic, and the exponentials would start only after P·V, but not over a branch.
   __device__ void release_queries(int flags) {
+    release_staging();
     if ((flags & kLastOfTile) == 0) return;
-    release(&shared_.q_empty[q_ring_.index]);
+    if (Tile::kStaging != Tile::Staging::queries || !params_.staged) {
+      release(&shared_.q_empty[q_ring_.index]);
+    }
     q_ring_.advance();
     ++q_tile_;
   }
@@ -397,7 +419,8 @@ class ForwardConsumer {
   unsigned tile_ = 0;    // whose output comes next
   bool cut_ = false;
   int cut_row_ = 0;
-  bool settled_ = false;  // all rows of the warp have met a key
+  bool keeps_queries_ = false;  // their memory holds rows on their way out
+  bool settled_ = false;        // all rows of the warp have met a key
 };
 
 }  // namespace annulus::kernels::sm90

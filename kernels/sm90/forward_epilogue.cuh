@@ -1,9 +1,12 @@
 #pragma once
 
+#include "kernels/sm90/forward_rescore.cuh"
 #include "kernels/sm90/forward_softmax.cuh"
 #include "kernels/sm90/launch_early.cuh"
+#include "kernels/sm90/tma.cuh"
 
-/// End of a tile: merges the carried state, writes state or O and LSE straight from registers.
+/// End of a tile: merges the carried state, writes state or O and LSE, whole rows of 16 bits by the
+/// copy engine and all else straight from registers.
 namespace annulus::kernels::sm90 {
 
 /// Where one of a thread's two rows goes.
@@ -201,25 +204,80 @@ __device__ inline uint2 swap_halves(std::uint32_t first, std::uint32_t second) {
   return odd ? make_uint2(other, second) : make_uint2(first, other);
 }
 
+/// Four 8×8 matrices of 16-bit numbers as accumulators hold them: each lane names a row of 16
+/// bytes, lanes 8i to 8i + 7 those of matrix i.
+__device__ inline void store_matrices(std::uint32_t row, const std::uint32_t (&m)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
+               : "memory");
+}
+
+/// The warp's sixteen rows by the copy engine, in whole lines.
+template <typename Tile, int kCount>
+__device__ inline void store_staged(const ForwardParams& params, const TileNote& tile,
+                                    int warpgroup, const float (&o)[kCount], const float (&norm)[2],
+                                    typename Tile::Element* staging) {
+  using Layout = typename Tile::VTile;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int first_row = static_cast<int>(threadIdx.x % 128 / 32) * 16;
+  if (lane == 0) bulk_wait_read<0>();
+  __syncwarp();
+  const std::uint32_t memory = shared_address(staging);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 8) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      words[j] = pack_pair<typename Tile::Element>(o[i + 2 * j] * norm[j % 2],
+                                                   o[i + 2 * j + 1] * norm[j % 2]);
+    }
+    store_matrices(chunk_address<Layout>(memory, 64, first_row + lane % 16, i / 4 + lane / 16),
+                   words);
+  }
+  fence_async_shared();
+  __syncwarp();
+  if (lane == 0) {
+#pragma unroll
+    for (int box = 0; box < Tile::kVBoxes; ++box) {
+      tma_store(&params.out, staging + (box * 64 + first_row) * Layout::kColumns,
+                box * Layout::kColumns, tile.q_begin + warpgroup * 64 + first_row, tile.unit_head,
+                tile.batch);
+    }
+    bulk_commit();
+  }
+}
+
 /// O and LSE alone, which most calls want, both rows side by side: half the instructions.
-template <typename Element, int kCount>
-__device__ inline void finish_plain(const ForwardParams& params, const OutputRow (&at)[2],
-                                    float (&o)[kCount], const RowStatistics& rows) {
+template <typename Tile, int kCount>
+__device__ inline void finish_plain(const ForwardParams& params, const TileNote& tile,
+                                    int warpgroup, const OutputRow (&at)[2],
+                                    const float (&o)[kCount], const RowStatistics& rows,
+                                    typename Tile::Element* staging) {
+  using Element = typename Tile::Element;
   const unsigned lane = threadIdx.x % 4;
   float norm[2];
+  bool stored[2];
   Element* out[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float sum = quad_sum(rows.sum[row]);
     const bool empty = rows.max[row] == -INFINITY && sum == 0.0F;
-    norm[row] = empty ? 0.0F : __fdividef(1.0F, sum);
-    if (__any_sync(0xffffffffU, empty)) [[unlikely]]
-      clear_if(empty, o, row);
+    norm[row] = __fdividef(1.0F, sum);
     out[row] = static_cast<Element*>(params.o) + offset_of(params.o_strides, at[row]) +
                lane % 2 * 8 + lane / 2 * 4;
     if (params.lse != nullptr && at[row].valid && lane == 0) {
       params.lse[offset_of(params.lse_strides, at[row])] =
           empty ? -INFINITY : (rows.max[row] * params.exp_scale + __log2f(sum)) * kLn2;
+    }
+    stored[row] = at[row].valid && !empty;
+    if (at[row].valid && empty) [[unlikely]] {
+#pragma unroll 1
+      for (int i = 0; i < kCount; i += 8) *reinterpret_cast<uint2*>(out[row] + i * 2) = {};
+    }
+  }
+  if constexpr (Tile::kStaging != Tile::Staging::none) {
+    if (params.staged && __all_sync(0xffffffffU, stored[0] && stored[1])) {
+      return store_staged<Tile>(params, tile, warpgroup, o, norm, staging);
     }
   }
 #pragma unroll
@@ -230,7 +288,7 @@ __device__ inline void finish_plain(const ForwardParams& params, const OutputRow
       const float f = norm[row];
       const uint2 words = swap_halves(pack_pair<Element>(x[0] * f, x[1] * f),
                                       pack_pair<Element>(x[4] * f, x[5] * f));
-      if (at[row].valid) *reinterpret_cast<uint2*>(out[row] + i * 2) = words;
+      if (stored[row]) *reinterpret_cast<uint2*>(out[row] + i * 2) = words;
     }
   }
 }
@@ -299,16 +357,18 @@ __device__ inline bool merge_pieces(const ForwardParams& params, int piece, int 
   return true;
 }
 
-template <typename Element, int kCount>
+template <typename Tile, int kCount>
 __device__ inline void finish_tile(const ForwardParams& params, const TileNote& tile, int warpgroup,
-                                   float (&o)[kCount], RowStatistics rows) {
+                                   float (&o)[kCount], RowStatistics rows,
+                                   typename Tile::Element* staging) {
+  using Element = typename Tile::Element;
   const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
   await_earlier_launch();
   if (params.o == nullptr) admit_next_launch();
   if (tile.piece != 0 && !merge_pieces(params, tile.piece - 1, warpgroup, o, rows)) return;
   const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
                            output_row(params, tile, warpgroup, local_row + 8)};
-  if (params.plain) return finish_plain<Element>(params, at, o, rows);
+  if (params.plain) return finish_plain<Tile>(params, tile, warpgroup, at, o, rows, staging);
   const CarriedRow carried[2] = {carried_row(params, at[0]), carried_row(params, at[1])};
 #pragma unroll
   for (int row = 0; row < 2; ++row) {

@@ -68,6 +68,13 @@ CUtensorMap key_map(const ConstTensorView& kv, int columns, int block) {
        MapDim{kv.shape[2], kv.strides[2], 1}, MapDim{kv.shape[0], kv.strides[0], 1}});
 }
 
+CUtensorMap output_map(const TensorView& o, int columns) {
+  return make_tensor_map<4>(
+      o.data, o.dtype,
+      {MapDim{o.shape[3], 1, columns}, MapDim{o.shape[1], o.strides[1], 16},
+       MapDim{o.shape[2], o.strides[2], 1}, MapDim{o.shape[0], o.strides[0], 1}});
+}
+
 void set_segments(ForwardParams& params, std::span<const ForwardSegment> segments,
                   const ForwardVariant& variant) {
   require(segments.size() <= kMaxSegments, ExitCode::internal,
@@ -188,6 +195,8 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   set_segments(params, segments, variant);
   set_scale(params, problem);
   set_outputs(params, call);
+  params.staged = params.plain && params.pack == 1;
+  if (params.staged) params.out = output_map(call.o, variant.v_columns);
 
   const ForwardWork work =
       plan_forward(segments, problem.batch(), problem.seq_q(),

@@ -43,7 +43,8 @@ struct RowStrides {
 };
 
 struct ForwardParams {
-  CUtensorMap q;  // (head_dim, pack, seq_q, q_heads / pack, batch)
+  CUtensorMap q;    // (head_dim, pack, seq_q, q_heads / pack, batch)
+  CUtensorMap out;  // (value_dim, seq_q, q_heads, batch), where staged
   KvSegment segments[kMaxSegments];
   TileSlice slices[kInlineSlices];
   const TileSlice* slice_table;  // null: slices
@@ -72,7 +73,8 @@ struct ForwardParams {
   float exp_scale;    // log2(e) times scale, or times cap
   bool resume;        // merge the state that is there
   bool output_f32;
-  bool plain;  // nothing to merge: o and lse in the element type
+  bool plain;   // nothing to merge: o and lse in the element type
+  bool staged;  // plain, and a tile's rows are those of one head: the copy engine writes them
 
   const float* sinks;  // null: none, or already in the state
   void* o;             // null: not the last step

@@ -30,6 +30,19 @@ struct ForwardTile {
   // take turns, waiting for one's turn costs what this saves.
   static constexpr bool kPassesOver = !kOverlap && !kPingPong;
   static constexpr int kThreads = (kWarpgroups + 1) * 128;
+  // Where rows of O pass through on their way to the copy engine: in memory of their own, or in
+  // that of the tile's queries, which then are given back only when the rows have left. Narrower
+  // rows gain nothing.
+  enum class Staging { none, own, queries };
+  static constexpr int kLoadedBytes =
+      2 * (kQueryBuffers * kWarpgroups * 64 * kHeadDim + kStages * kBlock * (kHeadDim + kValueDim));
+  static constexpr bool kHasRoom =  // beside notes and barriers
+      kLoadedBytes + 2 * kWarpgroups * 64 * kValueDim <= 226 * 1024;
+  static constexpr Staging kStaging = kHeadDim < 128 ? Staging::none
+                                      : kHasRoom     ? Staging::own
+                                      : !kOverlap && kQueryBuffers > 1 && kValueDim <= kHeadDim
+                                          ? Staging::queries
+                                          : Staging::none;
   // A block gets 168 registers a thread with 384 threads and 128 with 512: what the producer gives
   // up is all that the consumers can get, and asking for more waits for ever. Each side that has
   // too few spills them.
@@ -85,6 +98,8 @@ struct SharedTile {
   alignas(1024) Element q[kBuffers][Tile::kWarpgroups][64 * Tile::kHeadDim];
   alignas(1024) Element k[kStages][Tile::kBlock * Tile::kHeadDim];
   alignas(1024) Element v[kStages][Tile::kBlock * Tile::kValueDim];
+  alignas(1024) Element o[Tile::kStaging == Tile::Staging::own ? Tile::kWarpgroups : 1]
+                         [Tile::kStaging == Tile::Staging::own ? 64 * Tile::kValueDim : 8];
   alignas(16) BlockNote blocks[kStages];
   alignas(16) TileNote tiles[kTileNotes];
   TileWork work;
