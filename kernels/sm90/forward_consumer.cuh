@@ -143,7 +143,12 @@ class ForwardConsumer {
   /// exponentials of larger scores are as exact until they leave the range of P's type. Their sums
   /// show whether they did, and only then are the scores multiplied again and looked at.
   __device__ bool must_look(int flags) const {
-    return kSoftCap || !settled_ || (flags & (kMasked | kFirstOfTile)) != 0;
+    return kSoftCap || !settled_ || masked(flags) || (flags & kFirstOfTile) != 0;
+  }
+
+  /// Whether some of this warpgroup's rows do not keep all keys of the block.
+  __device__ bool masked(int flags) const {
+    return (flags & (Tile::kPassesOver ? kMasked << warpgroup_ : kMasked)) != 0;
   }
 
   /// Whether some row of the warp renewed its maximum.
@@ -350,7 +355,7 @@ class ForwardConsumer {
       for (int i = 0; i < Tile::kBlock / 2; ++i) s[i] = tanh_exp(s[i] * params_.score_scale);
     }
     cut_ = (flags & kCutAtEnd) != 0;
-    if ((flags & kMasked) == 0) [[likely]]
+    if (!masked(flags)) [[likely]]
       return;
     const BlockNote note = broadcast(shared_.blocks[k_ring_.index]);
     const TileNote tile = broadcast(shared_.tiles[q_tile_ % kTileNotes]);

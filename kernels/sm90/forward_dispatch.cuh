@@ -16,7 +16,11 @@ void launch_forward_kernel(const ForwardParams& params, int blocks, cudaStream_t
 template <typename Tile>
 ForwardVariant forward_variant() {
   return {
-      Tile::kWarpgroups, Tile::kBlock, Tile::QkTile::kColumns, Tile::VTile::kColumns,
+      Tile::kWarpgroups,
+      Tile::kBlock,
+      Tile::kPassesOver,
+      Tile::QkTile::kColumns,
+      Tile::VTile::kColumns,
       [](const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream, bool early) {
         soft_cap ? launch_forward_kernel<Tile, true>(params, blocks, stream, early)
                  : launch_forward_kernel<Tile, false>(params, blocks, stream, early);

@@ -20,7 +20,7 @@ __device__ inline OutputRow output_row(const ForwardParams& params, const TileNo
   const int query = params.pack == 1 ? local_row : local_row / params.pack;
   const int q = tile.q_begin + warpgroup * params.warpgroup_queries + query;
   return {tile.batch, q, tile.unit_head + local_row - query * params.pack,
-          query < params.warpgroup_queries && q < params.seq_q};
+          query < params.warpgroup_queries && q < tile.q_end};
 }
 
 __device__ inline std::int64_t offset_of(const RowStrides& strides, const OutputRow& row) {

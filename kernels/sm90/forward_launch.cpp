@@ -166,8 +166,8 @@ const ForwardVariant& choose_variant(const AttentionProblem& problem,
                                      std::span<const ForwardSegment> segments,
                                      const ForwardVariants& variants) {
   const auto pairs = [&](const ForwardVariant& variant) {
-    return computed_pairs(segments, problem.batch(), problem.seq_q(), variant.warpgroups * kRows,
-                          variant.block);
+    return computed_pairs(segments, problem.batch(), problem.seq_q(),
+                          {variant.warpgroups * kRows, variant.block});
   };
   return pairs(variants.wide) <= variants.wide_gain * pairs(variants.narrow) ? variants.wide
                                                                              : variants.narrow;
@@ -200,7 +200,10 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
 
   const ForwardWork work =
       plan_forward(segments, problem.batch(), problem.seq_q(),
-                   static_cast<std::int32_t>(variant.warpgroups * params.warpgroup_queries));
+                   {static_cast<std::int32_t>(variant.warpgroups * params.warpgroup_queries),
+                    variant.block, variant.passes_over});
+  params.rows_by_slice = work.rows_by_slice;
+  params.missing_rows = work.missing_rows;
   const WorkTables tables = work_tables(work, stream);
   params.slice_table = tables.slices;
   params.entry_table = tables.entries;

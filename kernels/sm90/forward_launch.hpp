@@ -10,9 +10,10 @@ namespace annulus::kernels::sm90 {
 
 /// A compiled tile shape.
 struct ForwardVariant {
-  int warpgroups;  // 64 rows each
-  int block;       // keys at a time
-  int qk_columns;  // columns of a box of Q or K in shared memory
+  int warpgroups;    // 64 rows each
+  int block;         // keys at a time
+  bool passes_over;  // warpgroups without rows in a tile, or that see nothing of a block, go on
+  int qk_columns;    // columns of a box of Q or K in shared memory
   int v_columns;
   void (*launch)(const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream,
                  bool early);  // begins where the launch before it ends

@@ -57,7 +57,9 @@ struct ForwardParams {
   std::int32_t tickets, entries, units, section_units;
   std::int32_t last_entries;
   std::int32_t inline_slices;
-  bool last_tile_first;  // order of tiles when there is no table
+  bool last_tile_first;       // order of tiles when there is no table
+  bool rows_by_slice;         // a tile of the table ends with the rows of its first slice
+  std::int32_t missing_rows;  // of the first tile when there is no table
 
   // From this ticket on a tile's keys are dealt to so many tickets in a row; the last of them to
   // be done merges what each has left in `partials`.

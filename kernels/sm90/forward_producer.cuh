@@ -28,6 +28,7 @@ class ForwardProducer {
   // multiprocessor with a long tile holds a second one that others could have; early enough for
   // the ticket to come and be decoded meanwhile.
   static constexpr int kClaimAhead = 4;
+  static constexpr int kAllMasked = Tile::kPassesOver ? 7 * kMasked : kMasked;
   struct Keys {
     int k_begin = 0, kv_head = 0, batch = 0, segment = kNothing;
   };
@@ -74,7 +75,7 @@ class ForwardProducer {
   __device__ void announce_empty_block() {
     const int stage = k_ring_.index;
     mbarrier_wait(&shared_.k_empty[stage], k_ring_.parity ^ 1);
-    shared_.blocks[stage] = BlockNote{kFirstOfTile | kLastOfTile | kMasked, 0, 0, 0, 0, 0, 0, 0};
+    shared_.blocks[stage] = BlockNote{kFirstOfTile | kLastOfTile | kAllMasked, 0, 0, 0, 0, 0, 0, 0};
     mbarrier_arrive(&shared_.k_full[stage]);
     first_ = 0;
     load_values_of({0, 0, 0, kNoValues});
@@ -105,8 +106,8 @@ class ForwardProducer {
     if constexpr (Tile::kQueryBuffers == 1) load_pending_values();
     const int buffer = q_ring_.index;
     mbarrier_wait(&shared_.q_empty[buffer], q_ring_.parity ^ 1);
-    shared_.tiles[tile_ % kTileNotes] =
-        TileNote{work.q_begin, work.pack_index * params_.pack, work.batch, work.piece};
+    shared_.tiles[tile_ % kTileNotes] = TileNote{
+        work.q_begin, work.q_last + 1, work.pack_index * params_.pack, work.batch, work.piece};
     const int box_rows = params_.pack * params_.warpgroup_queries;
     mbarrier_arrive_expect(&shared_.q_full[buffer], Tile::kWarpgroups * box_rows * Tile::kHeadDim *
                                                         static_cast<int>(sizeof(Element)));
@@ -146,31 +147,44 @@ class ForwardProducer {
 
   __device__ int flags_of(const TileWork& work, const TileSlice& s, int k_begin) const {
     const int k_last = k_begin + Tile::kBlock - 1;
-    const bool full = s.q_begin <= work.q_begin && work.q_last < s.q_end && k_last < s.k_end &&
-                      k_last - work.q_begin <= s.hi && k_begin - work.q_last >= s.lo;
-    if (full) return 0;
-    int flags = kMasked;
-    if (Tile::kPassesOver) flags |= unseen_by(work, s, k_begin);
-    if (k_last >= s.k_end && s.k_end < params_.segments[s.segment].length) flags |= kCutAtEnd;
-    return flags;
+    const int rows = Tile::kWarpgroups * params_.warpgroup_queries;
+    const bool full = keeps_all(s, work.q_begin, work.q_last, k_begin, k_last);
+    int flags = 0;
+    if (!full && k_last >= s.k_end && s.k_end < params_.segments[s.segment].length) {
+      flags = kCutAtEnd;
+    }
+    if constexpr (Tile::kPassesOver) {
+      if (full && work.q_last + 1 - work.q_begin == rows) return 0;
+#pragma unroll
+      for (int warpgroup = 0; warpgroup < Tile::kWarpgroups; ++warpgroup) {
+        flags |= flags_of(work, s, k_begin, work.q_begin + warpgroup * params_.warpgroup_queries)
+                 << warpgroup;
+      }
+      return flags;
+    }
+    return full ? 0 : flags | kMasked;
   }
 
-  /// At a causal edge the upper rows of a tile keep nothing of a block, and in a tile over several
-  /// documents most rows do not.
-  __device__ int unseen_by(const TileWork& work, const TileSlice& s, int k_begin) const {
+  __device__ static bool keeps_all(const TileSlice& s, int q_begin, int q_last, int k_begin,
+                                   int k_last) {
+    return s.q_begin <= q_begin && q_last < s.q_end && k_last < s.k_end &&
+           k_last - q_begin <= s.hi && k_begin - q_last >= s.lo;
+  }
+
+  /// For the warpgroup whose rows begin there. At a causal edge the upper rows of a tile keep
+  /// nothing of a block, and in a tile over several documents most rows do not.
+  __device__ int flags_of(const TileWork& work, const TileSlice& s, int k_begin,
+                          int rows_begin) const {
+    const int rows_last = min(rows_begin + params_.warpgroup_queries - 1, work.q_last);
+    const int q_first = max(rows_begin, s.q_begin);
+    const int q_last = min(rows_last, s.q_end - 1);
     const int k_first = max(k_begin, s.k_begin);
     const int k_last = min(k_begin + Tile::kBlock, s.k_end) - 1;
-    int flags = 0;
-#pragma unroll
-    for (int warpgroup = 0; warpgroup < Tile::kWarpgroups; ++warpgroup) {
-      const int rows_begin = work.q_begin + warpgroup * params_.warpgroup_queries;
-      const int q_first = max(rows_begin, s.q_begin);
-      const int q_last = min(rows_begin + params_.warpgroup_queries, s.q_end) - 1;
-      const bool seen = q_first <= q_last && k_first <= k_last && k_first - q_last <= s.hi &&
-                        k_last - q_first >= s.lo;
-      if (!seen) flags |= kUnseen << warpgroup;
+    if (q_first > q_last || k_first > k_last || k_first - q_last > s.hi ||
+        k_last - q_first < s.lo) {
+      return kMasked | kUnseen;
     }
-    return flags;
+    return keeps_all(s, rows_begin, rows_last, k_begin, k_begin + Tile::kBlock - 1) ? 0 : kMasked;
   }
 
   /// In the order in which blocks are let go: where the next block's scores run beside these

@@ -52,6 +52,7 @@ class ForwardScheduler {
     const int unit = at.y;
 
     constexpr int kWarpgroups = Tile::kWarpgroups;
+    const int rows = kWarpgroups * params_.warpgroup_queries;
     int batch = -1;
     if (params_.entry_table != nullptr) {
       const TileEntry row = params_.entry_table[entry];
@@ -59,15 +60,19 @@ class ForwardScheduler {
       work.slice_begin = row.slice_begin;
       work.slice_end = row.slice_end;
       batch = row.batch;
+      const int q_end =
+          params_.rows_by_slice ? params_.slice_table[row.slice_begin].q_end : params_.seq_q;
+      work.q_last = min(work.q_begin + rows, q_end) - 1;
     } else {
       const int tile = params_.last_tile_first ? params_.entries - 1 - entry : entry;
-      work.q_begin = tile * kWarpgroups * params_.warpgroup_queries;
+      const int q_begin = tile * rows - params_.missing_rows;
+      work.q_begin = max(q_begin, 0);
+      work.q_last = min(q_begin + rows, params_.seq_q) - 1;
       work.slice_begin = 0;
       work.slice_end = params_.inline_slices;
     }
     work.batch = batch >= 0 ? batch : unit / params_.packs;
     work.pack_index = batch >= 0 ? unit : unit - work.batch * params_.packs;
-    work.q_last = min(work.q_begin + kWarpgroups * params_.warpgroup_queries, params_.seq_q) - 1;
     work.kv_head = (work.pack_index * params_.pack + params_.q_head_offset) / params_.group_size;
     work.blocks = count_blocks(work);
     work.skip = 0;

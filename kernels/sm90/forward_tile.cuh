@@ -60,10 +60,11 @@ struct ForwardTile {
 enum BlockFlag : int {
   kFirstOfTile = 1,
   kLastOfTile = 2,
-  kMasked = 4,
-  kCutAtEnd = 8,  // keys of another slice's range follow in the block
-  kEndOfWork = 16,
-  kUnseen = 32,  // shifted by a warpgroup: none of its rows keeps a key of the block
+  kCutAtEnd = 4,  // keys of another slice's range follow in the block
+  kEndOfWork = 8,
+  // Shifted by a warpgroup where warpgroups pass over blocks:
+  kMasked = 16,   // some of its rows do not keep all keys of the block
+  kUnseen = 128,  // none keeps any
 };
 
 /// What the producer tells the consumers about one block of keys. Since only the producer walks
@@ -83,7 +84,7 @@ struct alignas(16) TileWork {
 };
 
 struct TileNote {
-  std::int32_t q_begin, unit_head, batch, piece;
+  std::int32_t q_begin, q_end, unit_head, batch, piece;
 };
 
 /// A tile's note is read until its rows are written, one tile after its Q buffer was released.

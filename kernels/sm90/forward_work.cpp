@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -56,21 +57,141 @@ std::vector<TileSlice> slices_of(std::span<const ForwardSegment> segments, std::
   return slices;
 }
 
-/// Appends the tiles of one batch row, each followed by copies of the slices that meet it.
-void add_entries(ForwardWork& work, std::span<const TileSlice> slices, std::int32_t batch,
-                 std::int64_t seq_q, std::int32_t tile_queries) {
-  std::vector<std::vector<std::size_t>> meets(static_cast<std::size_t>(work.tiles));
-  for (std::size_t i = 0; i < slices.size(); ++i) {
-    const auto first = static_cast<std::size_t>(slices[i].q_begin / tile_queries);
-    const auto last = static_cast<std::size_t>((slices[i].q_end - 1) / tile_queries);
-    for (std::size_t tile = first; tile <= last; ++tile) meets[tile].push_back(i);
+/// Rows of queries, each with the slices that may meet it: meets[begin] to meets[end - 1].
+struct Rows {
+  Span queries;
+  std::size_t begin = 0, end = 0;
+};
+
+struct TileList {
+  std::vector<Rows> tiles;
+  std::vector<std::size_t> meets;
+};
+
+/// Which slices meet which of adjoining rows.
+TileList meet(std::vector<Rows> tiles, std::span<const TileSlice> slices) {
+  TileList list{std::move(tiles), {}};
+  const auto met_by = [&list](const TileSlice& slice) {
+    const auto first =
+        std::upper_bound(list.tiles.begin(), list.tiles.end(), slice.q_begin,
+                         [](std::int64_t q, const Rows& tile) { return q < tile.queries.end; });
+    const auto last =
+        std::lower_bound(first, list.tiles.end(), slice.q_end,
+                         [](const Rows& tile, std::int64_t q) { return tile.queries.begin < q; });
+    return std::span(first, last);
+  };
+  for (const TileSlice& slice : slices) {
+    for (Rows& tile : met_by(slice)) ++tile.end;
   }
-  for (std::int32_t tile = 0; tile < work.tiles; ++tile) {
-    const std::int32_t q_begin = tile * tile_queries;
-    const Span queries{q_begin, std::min<std::int64_t>(q_begin + tile_queries, seq_q)};
+  std::size_t count = 0;
+  for (Rows& tile : list.tiles) {
+    tile.begin = count;
+    count += std::exchange(tile.end, count);
+  }
+  list.meets.resize(count);
+  for (std::size_t i = 0; i < slices.size(); ++i) {
+    for (Rows& tile : met_by(slices[i])) list.meets[tile.end++] = i;
+  }
+  return list;
+}
+
+/// Tiles that begin at multiples of their rows.
+TileList whole_tiles(std::span<const TileSlice> slices, std::int64_t seq_q,
+                     std::int32_t tile_queries) {
+  std::vector<Rows> tiles;
+  for (std::int64_t q = 0; q < seq_q; q += tile_queries) {
+    tiles.push_back({{q, std::min(q + tile_queries, seq_q)}});
+  }
+  return meet(std::move(tiles), slices);
+}
+
+/// Tiles that end where slices begin or end. What is left of a run of rows comes first, where a
+/// causal edge leaves it the fewest keys.
+TileList cut_tiles(std::span<const TileSlice> slices, std::int64_t seq_q,
+                   std::int32_t tile_queries) {
+  std::vector<std::int64_t> bounds{0, seq_q};
+  for (const TileSlice& slice : slices) {
+    bounds.push_back(slice.q_begin);
+    bounds.push_back(slice.q_end);
+  }
+  std::sort(bounds.begin(), bounds.end());
+  bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
+  std::vector<Rows> tiles;
+  for (std::size_t i = 0; i + 1 < bounds.size(); ++i) {
+    std::int64_t begin = bounds[i];
+    const std::int64_t left = (bounds[i + 1] - begin) % tile_queries;
+    if (left > 0) tiles.push_back({{begin, begin + left}});
+    for (begin += left; begin < bounds[i + 1]; begin += tile_queries) {
+      tiles.push_back({{begin, begin + tile_queries}});
+    }
+  }
+  return meet(std::move(tiles), slices);
+}
+
+/// In pairs; a tile's ends count as a block.
+double cost(const TileList& list, std::span<const TileSlice> slices, const TileShape& shape) {
+  std::int64_t blocks = 0;
+  for (const Rows& tile : list.tiles) {
+    ++blocks;
+    for (std::size_t i = tile.begin; i < tile.end; ++i) {
+      blocks += (keys_read(slices[list.meets[i]], tile.queries) + shape.block - 1) / shape.block;
+    }
+  }
+  return static_cast<double>(blocks) * shape.block * shape.queries;
+}
+
+/// The tiles of one batch row.
+struct RowTiles {
+  std::vector<TileSlice> slices;
+  TileList whole, cut;
+};
+
+std::vector<RowTiles> rows_of(std::span<const ForwardSegment> segments, std::int64_t batch,
+                              std::int64_t seq_q, std::int32_t tile_queries) {
+  std::vector<RowTiles> rows;
+  for (std::int64_t b = 0; b < (differs_by_batch(segments) ? batch : 1); ++b) {
+    RowTiles& row = rows.emplace_back();
+    row.slices = slices_of(segments, b);
+    row.whole = whole_tiles(row.slices, seq_q, tile_queries);
+    row.cut = cut_tiles(row.slices, seq_q, tile_queries);
+  }
+  return rows;
+}
+
+struct TableCost {
+  double pairs;
+  bool cut;
+};
+
+TableCost table_cost(std::span<const RowTiles> rows, const TileShape& shape) {
+  constexpr double kMost = 1.1;  // pieces of documents in a tile cost more than their pairs
+  double whole = 0.0, cut = 0.0;
+  for (const RowTiles& row : rows) {
+    whole += cost(row.whole, row.slices, shape);
+    cut += cost(row.cut, row.slices, shape);
+  }
+  return cut <= kMost * whole ? TableCost{cut, true} : TableCost{whole, false};
+}
+
+/// Appends the tiles of one batch row, each followed by copies of the slices that meet it. A tile
+/// that was cut gets its own rows of them, or a slice without keys.
+void add_entries(ForwardWork& work, const RowTiles& row, std::int32_t batch) {
+  const TileList& list = work.rows_by_slice ? row.cut : row.whole;
+  for (const Rows& tile : list.tiles) {
+    const auto q_begin = static_cast<std::int32_t>(tile.queries.begin);
+    const auto q_end = static_cast<std::int32_t>(tile.queries.end);
     const auto slice_begin = static_cast<std::int32_t>(work.slices.size());
-    for (const std::size_t i : meets[static_cast<std::size_t>(tile)]) {
-      if (keys_read(slices[i], queries) > 0) work.slices.push_back(slices[i]);
+    for (std::size_t i = tile.begin; i < tile.end; ++i) {
+      TileSlice slice = row.slices[list.meets[i]];
+      if (keys_read(slice, tile.queries) == 0) continue;
+      if (work.rows_by_slice) {
+        slice.q_begin = q_begin;
+        slice.q_end = q_end;
+      }
+      work.slices.push_back(slice);
+    }
+    if (work.rows_by_slice && work.slices.size() == static_cast<std::size_t>(slice_begin)) {
+      work.slices.push_back({q_begin, q_end, 0, 0, 0, 0, 0, 0});
     }
     work.entries.push_back(
         {q_begin, batch, slice_begin, static_cast<std::int32_t>(work.slices.size())});
@@ -117,22 +238,26 @@ void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile
       work.rows(), [&](std::int32_t i) { return keys[order[static_cast<std::size_t>(i)]]; });
 }
 
+bool needs_table(std::span<const ForwardSegment> segments) {
+  return differs_by_batch(segments) || slices_of(segments, 0).size() > kInlineSlices;
+}
+
 }  // namespace
 
 double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t batch,
-                      std::int64_t seq_q, std::int32_t tile_queries, std::int32_t block) {
-  const std::int64_t rows = differs_by_batch(segments) ? batch : 1;
+                      std::int64_t seq_q, const TileShape& tile) {
+  if (needs_table(segments)) {
+    return table_cost(rows_of(segments, batch, seq_q, tile.queries), tile).pairs;
+  }
   std::int64_t blocks = 0;
-  for (std::int64_t b = 0; b < rows; ++b) {
-    for (const TileSlice& slice : slices_of(segments, b)) {
-      const std::int64_t first = slice.q_begin / tile_queries * tile_queries;
-      for (std::int64_t q = first; q < slice.q_end; q += tile_queries) {
-        const std::int64_t keys = keys_read(slice, {q, std::min(q + tile_queries, seq_q)});
-        blocks += (keys + block - 1) / block;
-      }
+  for (const TileSlice& slice : slices_of(segments, 0)) {
+    const std::int64_t first = slice.q_begin / tile.queries * tile.queries;
+    for (std::int64_t q = first; q < slice.q_end; q += tile.queries) {
+      const std::int64_t keys = keys_read(slice, {q, std::min(q + tile.queries, seq_q)});
+      blocks += (keys + tile.block - 1) / tile.block;
     }
   }
-  return static_cast<double>(blocks) * block * tile_queries;
+  return static_cast<double>(blocks) * tile.block * tile.queries;
 }
 
 TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors) {
@@ -161,31 +286,36 @@ TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiproc
 }
 
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
-                         std::int64_t seq_q, std::int32_t tile_queries) {
+                         std::int64_t seq_q, const TileShape& tile) {
   ForwardWork work;
-  work.tiles = static_cast<std::int32_t>((seq_q + tile_queries - 1) / tile_queries);
+  work.tiles = static_cast<std::int32_t>((seq_q + tile.queries - 1) / tile.queries);
   work.per_batch = differs_by_batch(segments);
-  const std::vector<TileSlice> shared =
-      work.per_batch ? std::vector<TileSlice>{} : slices_of(segments, 0);
-  if (!work.per_batch && shared.size() <= kInlineSlices) {
-    work.slices = shared;
-    const std::int64_t last = std::int64_t{work.tiles - 1} * tile_queries;
-    work.last_tile_first =
-        keys_read(shared, {last, last + tile_queries}) >= keys_read(shared, {0, tile_queries});
+  if (!needs_table(segments)) {
+    work.slices = slices_of(segments, 0);
+    const std::int64_t last = std::int64_t{work.tiles - 1} * tile.queries;
+    work.last_tile_first = keys_read(work.slices, {last, last + tile.queries}) >=
+                           keys_read(work.slices, {0, tile.queries});
+    if (tile.short_first && work.last_tile_first) {
+      work.missing_rows =
+          static_cast<std::int32_t>(std::int64_t{work.tiles} * tile.queries - seq_q);
+    }
     const auto keys_of = [&](std::int32_t i) {
       const std::int64_t q_begin =
-          std::int64_t{work.last_tile_first ? work.tiles - 1 - i : i} * tile_queries;
-      return keys_read(shared, {q_begin, std::min(q_begin + tile_queries, seq_q)});
+          std::int64_t{work.last_tile_first ? work.tiles - 1 - i : i} * tile.queries -
+          work.missing_rows;
+      return keys_read(work.slices, {std::max<std::int64_t>(q_begin, 0),
+                                     std::min(q_begin + tile.queries, seq_q)});
     };
     work.short_entries = count_short(work.tiles, keys_of);
     work.equal_keys = equal_keys(work.tiles, keys_of);
     return work;
   }
-  for (std::int32_t b = 0; b < (work.per_batch ? batch : 1); ++b) {
-    add_entries(work, work.per_batch ? slices_of(segments, b) : shared, work.per_batch ? b : -1,
-                seq_q, tile_queries);
+  const std::vector<RowTiles> rows = rows_of(segments, batch, seq_q, tile.queries);
+  work.rows_by_slice = table_cost(rows, tile).cut;
+  for (std::size_t b = 0; b < rows.size(); ++b) {
+    add_entries(work, rows[b], work.per_batch ? static_cast<std::int32_t>(b) : -1);
   }
-  sort_longest_first(work, seq_q, tile_queries);
+  sort_longest_first(work, seq_q, tile.queries);
   return work;
 }
 

@@ -7,6 +7,13 @@
 
 namespace annulus::kernels::sm90 {
 
+/// Of a tile.
+struct TileShape {
+  std::int32_t queries;
+  std::int32_t block = 128;  // keys at a time
+  bool short_first = false;  // what does not fill a tile comes first, not last, where that pays
+};
+
 /// The tiles of a launch and the slices that meet each, longest first. Pure host arithmetic.
 struct ForwardWork {
   std::vector<TileSlice> slices;
@@ -16,6 +23,8 @@ struct ForwardWork {
   std::int32_t short_entries = 0;  // at the end of the order
   bool per_batch = false;          // entries name their batch row
   std::int64_t equal_keys = 0;     // what each tile reads; 0: not all the same
+  bool rows_by_slice = false;      // entries end with the rows of their first slice
+  std::int32_t missing_rows = 0;   // of the first tile where there are no entries
 
   std::int32_t rows() const {
     return entries.empty() ? tiles : static_cast<std::int32_t>(entries.size());
@@ -31,11 +40,13 @@ struct TailCut {
 /// For `tiles` tiles of `blocks` blocks of keys each.
 TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors);
 
-/// Query-key pairs that tiles of this shape compute, in whole blocks of keys.
+/// Query-key pairs that tiles of this shape compute, in whole blocks of keys. Where there are
+/// entries, a tile's ends count as a block.
 double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t batch,
-                      std::int64_t seq_q, std::int32_t tile_queries, std::int32_t block);
+                      std::int64_t seq_q, const TileShape& tile);
 
+/// Where there are entries, tiles end where slices begin or end unless that costs too much.
 ForwardWork plan_forward(std::span<const ForwardSegment> segments, std::int64_t batch,
-                         std::int64_t seq_q, std::int32_t tile_queries);
+                         std::int64_t seq_q, const TileShape& tile);
 
 }  // namespace annulus::kernels::sm90

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 // The work table of a launch is plain arithmetic: it needs no GPU.
@@ -34,20 +35,20 @@ std::vector<Slice> documents(std::mt19937& random, std::int64_t seq) {
 TEST(ForwardWork, FewSlicesNeedNoTable) {
   const std::vector<Slice> causal{{{0, 1000}, {0, 1000}, {-kUnbounded, 0}}};
   const std::vector<ForwardSegment> segments{segment_over({causal, {}}, 1000)};
-  const ForwardWork work = plan_forward(segments, 3, 1000, 128);
+  const ForwardWork work = plan_forward(segments, 3, 1000, {128});
   EXPECT_TRUE(work.entries.empty());
   EXPECT_EQ(work.tiles, 8);
   EXPECT_TRUE(work.last_tile_first);
   EXPECT_EQ(work.slices.size(), 1U);
   // Tiles of 128 rows meet 1, 2, …, 8 blocks of 128 keys.
-  EXPECT_EQ(computed_pairs(segments, 3, 1000, 128, 128), 36.0 * 128 * 128);
+  EXPECT_EQ(computed_pairs(segments, 3, 1000, {128}), 36.0 * 128 * 128);
 }
 
 // The shortest tiles of all heads come last: at a causal edge a quarter of them, by a window none.
 TEST(ForwardWork, CountsTheShortTiles) {
   const auto count = [](const std::vector<Slice>& slices, std::int64_t seq) {
     const std::vector<ForwardSegment> segments{segment_over({slices, {}}, seq)};
-    return plan_forward(segments, 1, seq, 128).short_entries;
+    return plan_forward(segments, 1, seq, {128}).short_entries;
   };
   EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {-kUnbounded, 0}}}, 2048), 4);
   EXPECT_EQ(count({{{0, 2048}, {0, 2048}, {0, kUnbounded}}}, 2048), 4);
@@ -78,7 +79,7 @@ TEST(ForwardWork, KnowsWhetherTilesReadEquallyManyKeys) {
   const auto keys = [](const Slice& slice) {
     const std::vector<Slice> slices{slice};
     const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 900)};
-    return plan_forward(segments, 1, 1000, 192).equal_keys;
+    return plan_forward(segments, 1, 1000, {192}).equal_keys;
   };
   EXPECT_EQ(keys({{0, 1000}, {0, 900}, {}}), 900);
   EXPECT_EQ(keys({{0, 1000}, {100, 800}, {}}), 700);
@@ -86,27 +87,74 @@ TEST(ForwardWork, KnowsWhetherTilesReadEquallyManyKeys) {
   EXPECT_EQ(keys({{0, 1000}, {0, 900}, {-200, 0}}), 0);
 }
 
-// Every tile appears once; its slices are those that keep a pair of its rows.
+Span rows_of(const ForwardWork& work, const TileEntry& entry, std::int64_t tile, std::int64_t seq) {
+  const std::int64_t end =
+      work.rows_by_slice ? work.slices[static_cast<std::size_t>(entry.slice_begin)].q_end : seq;
+  return {entry.q_begin, std::min<std::int64_t>(entry.q_begin + tile, end)};
+}
+
+// Every row is in one tile; a tile's slices are those that keep a pair of its rows.
 TEST(ForwardWork, TableHoldsEveryTileWithItsSlices) {
   std::mt19937 random(11);
+  int cut = 0;
   for (int round = 0; round < 50; ++round) {
     const std::int64_t seq = 1 + static_cast<std::int64_t>(random() % 2000);
     const std::int32_t tile = 1 + static_cast<std::int32_t>(random() % 192);
     const std::vector<Slice> slices = documents(random, seq);
     if (slices.size() <= static_cast<std::size_t>(kInlineSlices)) continue;
     const std::vector<ForwardSegment> segments{segment_over({slices, {}}, seq)};
-    const ForwardWork work = plan_forward(segments, 1, seq, tile);
-    ASSERT_EQ(work.rows(), work.tiles);
-    std::set<std::int32_t> seen;
+    const ForwardWork work = plan_forward(segments, 1, seq, {tile});
+    cut += work.rows_by_slice ? 1 : 0;
+    std::vector<int> seen(static_cast<std::size_t>(seq));
     for (const TileEntry& entry : work.entries) {
-      EXPECT_TRUE(seen.insert(entry.q_begin).second);
-      const Span rows{entry.q_begin, std::min<std::int64_t>(entry.q_begin + tile, seq)};
+      const Span rows = rows_of(work, entry, tile, seq);
+      for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+        ++seen[static_cast<std::size_t>(row)];
+      }
       const auto meeting = std::count_if(slices.begin(), slices.end(), [&](const Slice& slice) {
         return slice.coverage(rows, slice.k) != Coverage::none;
       });
       EXPECT_EQ(entry.slice_end - entry.slice_begin, meeting);
     }
+    EXPECT_EQ(seen, std::vector<int>(static_cast<std::size_t>(seq), 1));
   }
+  EXPECT_GT(cut, 0);
+  EXPECT_LT(cut, 50);
+}
+
+// A document's first tile gets what does not fill one, and no tile holds rows of two documents.
+TEST(ForwardWork, TilesEndWithTheirDocuments) {
+  std::vector<Slice> slices;
+  for (std::int64_t begin = 0; begin < 10 * 400; begin += 400) {
+    slices.push_back({{begin, begin + 400}, {begin, begin + 400}, {-kUnbounded, 0}});
+  }
+  const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 4000)};
+  const ForwardWork work = plan_forward(segments, 1, 4100, {192});  // 100 rows of no document
+  ASSERT_TRUE(work.rows_by_slice);
+  std::set<std::pair<std::int64_t, std::int64_t>> tiles;
+  for (const TileEntry& entry : work.entries) {
+    const Span rows = rows_of(work, entry, 192, 4100);
+    tiles.emplace(rows.begin, rows.end);
+  }
+  std::set<std::pair<std::int64_t, std::int64_t>> expected{{4000, 4100}};
+  for (std::int64_t begin = 0; begin < 4000; begin += 400) {
+    expected.insert({{begin, begin + 16}, {begin + 16, begin + 208}, {begin + 208, begin + 400}});
+  }
+  EXPECT_EQ(tiles, expected);
+  // Ten documents of 1, 2 and 4 blocks of 128 keys in three tiles, whose ends count as one each.
+  EXPECT_EQ(computed_pairs(segments, 1, 4100, {192}), (10.0 * 10 + 1) * 128 * 192);
+}
+
+TEST(ForwardWork, ShortFirstTilesLeaveTheOthersWhole) {
+  const auto missing = [](const Slice& slice, bool short_first) {
+    const std::vector<Slice> slices{slice};
+    const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 1000)};
+    return plan_forward(segments, 1, 1000, {192, 128, short_first}).missing_rows;
+  };
+  const Slice causal{{0, 1000}, {0, 1000}, {-kUnbounded, 0}};
+  EXPECT_EQ(missing(causal, true), 6 * 192 - 1000);
+  EXPECT_EQ(missing(causal, false), 0);
+  EXPECT_EQ(missing({{0, 1000}, {0, 1000}, {0, kUnbounded}}, true), 0);  // least keys at the end
 }
 
 TEST(ForwardWork, TilesComeLongestFirst) {
@@ -115,7 +163,7 @@ TEST(ForwardWork, TilesComeLongestFirst) {
     slices.push_back({{i * 128, i * 128 + 128}, {0, 100 + (i * 37) % 50}, {}});
   }
   const std::vector<ForwardSegment> segments{segment_over({slices, {}}, 200)};
-  const ForwardWork work = plan_forward(segments, 1, 12 * 128, 128);
+  const ForwardWork work = plan_forward(segments, 1, 12 * 128, {128});
   ASSERT_EQ(work.entries.size(), 12U);
   std::int32_t before = 1 << 30;
   for (const TileEntry& entry : work.entries) {
@@ -129,15 +177,18 @@ TEST(ForwardWork, BatchRowsWithTheirOwnSlicesAreNamed) {
   const std::vector<Slice> slices{{{0, 64}, {0, 64}, {}}, {{64, 128}, {0, 128}, {}}};
   const std::vector<std::int64_t> offsets{0, 1, 2};
   const std::vector<ForwardSegment> segments{segment_over({slices, offsets}, 128)};
-  const ForwardWork work = plan_forward(segments, 2, 128, 64);
+  const ForwardWork work = plan_forward(segments, 2, 128, {64});
   ASSERT_EQ(work.entries.size(), 4U);
   EXPECT_TRUE(work.per_batch);
   // Longest first: batch row 1's second tile; the two tiles without keys come last.
   EXPECT_EQ(work.entries[0].batch, 1);
   EXPECT_EQ(work.entries[0].q_begin, 64);
   EXPECT_EQ(work.entries[1].batch, 0);
-  EXPECT_EQ(work.entries[2].slice_begin, work.entries[2].slice_end);
-  EXPECT_EQ(work.entries[3].slice_begin, work.entries[3].slice_end);
+  for (const std::size_t i : {2U, 3U}) {
+    ASSERT_EQ(work.entries[i].slice_end - work.entries[i].slice_begin, 1);
+    const TileSlice& slice = work.slices[static_cast<std::size_t>(work.entries[i].slice_begin)];
+    EXPECT_EQ(slice.k_begin, slice.k_end);
+  }
 }
 
 }  // namespace
