@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/check.hpp"
 #include "kernels/error.hpp"
-#include "kernels/sm90/forward_work.hpp"
+#include "kernels/sm90/forward_plans.hpp"
 #include "kernels/sm90/scratch.hpp"
 #include "kernels/sm90/tensor_map.hpp"
 #include "kernels/sm90/ticket_counter.hpp"
@@ -166,8 +166,9 @@ const ForwardVariant& choose_variant(const AttentionProblem& problem,
                                      std::span<const ForwardSegment> segments,
                                      const ForwardVariants& variants) {
   const auto pairs = [&](const ForwardVariant& variant) {
-    return computed_pairs(segments, problem.batch(), problem.seq_q(),
-                          {variant.warpgroups * kRows, variant.block});
+    return forward_plan(segments, problem.batch(), problem.seq_q(),
+                        {variant.warpgroups * kRows, variant.block, variant.passes_over})
+        ->pairs;
   };
   return pairs(variants.wide) <= variants.wide_gain * pairs(variants.narrow) ? variants.wide
                                                                              : variants.narrow;
@@ -198,10 +199,11 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   params.staged = params.plain && params.pack == 1;
   if (params.staged) params.out = output_map(call.o, variant.v_columns);
 
-  const ForwardWork work =
-      plan_forward(segments, problem.batch(), problem.seq_q(),
+  const auto plan =
+      forward_plan(segments, problem.batch(), problem.seq_q(),
                    {static_cast<std::int32_t>(variant.warpgroups * params.warpgroup_queries),
                     variant.block, variant.passes_over});
+  const ForwardWork& work = plan->work;
   params.rows_by_slice = work.rows_by_slice;
   params.missing_rows = work.missing_rows;
   const WorkTables tables = work_tables(work, stream);

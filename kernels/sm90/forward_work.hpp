@@ -12,6 +12,8 @@ struct TileShape {
   std::int32_t queries;
   std::int32_t block = 128;  // keys at a time
   bool short_first = false;  // what does not fill a tile comes first, not last, where that pays
+
+  friend bool operator==(const TileShape&, const TileShape&) = default;
 };
 
 /// The tiles of a launch and the slices that meet each, longest first. Pure host arithmetic.
