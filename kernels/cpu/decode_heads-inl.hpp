@@ -63,6 +63,20 @@ struct RowsByBlocks : RowsPairs {
   static HWY_INLINE void store_weights(const FloatVec* p, std::uint32_t* to) {
     store_weight_pairs(p, to);
   }
+  // Weights of a tile times a factor for each row.
+  static void lower_weights(FloatVec factor, std::uint32_t* to) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
+    for (int i = 0; i < kWeightPairs; i += kLanes) {
+      const __m512i pairs = _mm512_load_si512(to + i);
+      const FloatVec even = hn::Mul(as_floats(_mm512_slli_epi32(pairs, 16)), factor);
+      const FloatVec odd = hn::Mul(as_floats(_mm512_and_si512(pairs, upper)), factor);
+      const __m512i half = _mm512_set1_epi32(0x8000);
+      const __m512i low =
+          _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even.raw), half), 16);
+      const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd.raw), half);
+      _mm512_store_si512(to + i, _mm512_or_si512(low, _mm512_and_si512(high, upper)));
+    }
+  }
 };
 
 /// Rows of f32, two lines of a token at once.
@@ -99,6 +113,13 @@ struct RowsFloats {
     HWY_UNROLL(4)
     for (int i = 0; i < kTile * kQuad / kLanes; ++i) {
       hn::Store(p[i], d, reinterpret_cast<float*>(to) + i * kLanes);
+    }
+  }
+  static void lower_weights(FloatVec factor, std::uint32_t* to) {
+    const Floats d;
+    auto* weights = reinterpret_cast<float*>(to);
+    for (int i = 0; i < kTile * kQuad; i += kLanes) {
+      hn::Store(hn::Mul(hn::Load(d, weights + i), factor), d, weights + i);
     }
   }
 };

@@ -19,6 +19,7 @@
 #include "kernels/cpu/decode_heads-inl.hpp"
 #include "kernels/cpu/decode_pairs-inl.hpp"
 #include "kernels/cpu/decode_quads-inl.hpp"
+#include "kernels/cpu/decode_stream-inl.hpp"
 #include "kernels/cpu/decode_tile-inl.hpp"
 #include "kernels/cpu/softmax_tile-inl.hpp"
 
@@ -147,7 +148,8 @@ class DecodePages : DecodeQuads<Rows> {
 std::int64_t scratch_on_target(const DecodeProblem& problem, std::int64_t queries) {
   std::int64_t floats = DecodePages<RowsF32>::scratch_floats(problem, queries);
 #if ANNULUS_PAIRS
-  floats += DecodeHeads<RowsFloats, 0>::scratch_floats(problem, queries);
+  floats += std::max(DecodeHeads<RowsFloats, 0>::scratch_floats(problem, queries),
+                     DecodeStream<RowsFloats, 64>::scratch_floats(problem, queries));
 #endif
   return floats;
 }
@@ -158,6 +160,16 @@ bool o_stays_near(const DecodeProblem& problem, const DecodeBlock& block) {
   constexpr std::int64_t kNearFloats = std::int64_t{8} << 10;
   return block.queries.size() * problem.q_heads() * problem.value_dim() <= kNearFloats;
 }
+
+template <class Rows>
+void decode_for_small_l1(const DecodeProblem& problem, const DecodeBlock& block,
+                         std::span<const AttentionState> partials, Scratch& scratch) {
+  if (streams<Rows>(problem, block)) {
+    decode_stream<Rows>(problem, block, partials, scratch);
+  } else {
+    decode_heads<Rows>(problem, block, partials, scratch);
+  }
+}
 #endif
 
 void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
@@ -166,10 +178,10 @@ void decode_on_target(const DecodeProblem& problem, const DecodeBlock& block,
   // In f32 no dot product is used, but this way was measured only on processors that have it.
   const bool by_heads = cpu::dot_decode() == cpu::DotDecode::heads;
   if (problem.q.dtype == DType::f32 && by_heads && cpu::has_bf16_dots()) {
-    return decode_heads<RowsFloats>(problem, block, partials, scratch);
+    return decode_for_small_l1<RowsFloats>(problem, block, partials, scratch);
   }
   if (uses_bf16_dots(problem.q.dtype)) {
-    if (by_heads) return decode_heads<RowsByBlocks>(problem, block, partials, scratch);
+    if (by_heads) return decode_for_small_l1<RowsByBlocks>(problem, block, partials, scratch);
     if (o_stays_near(problem, block)) return decode_pairs(problem, block, partials, scratch);
   }
 #endif

@@ -33,10 +33,13 @@ inline constexpr std::int64_t kScores = kTile * kQuad;
 // The page table leaves L2 between two lines of it, unless asked for so far ahead.
 inline constexpr std::int64_t kPagesAhead = 8;
 
-// Addresses of the tokens of a tile, for head 0.
-struct Tile {
-  std::int64_t first = 0;  // token
+struct TokenRange {
+  std::int64_t first = 0;
   std::int64_t count = 0;
+};
+
+// Addresses of the tokens of a tile, for head 0.
+struct Tile : TokenRange {
   std::array<const char*, kTile + kQuadKeys> k{};
   std::array<const char*, kTile + kQuadKeys> v{};
 };
@@ -110,7 +113,8 @@ class DecodeQuads {
   }
 
   // Addresses of some tokens, to places `at`, `at` + `step` ... of the tile.
-  void find_run(Span tokens, std::size_t at, std::size_t step, Tile& tile) const {
+  template <class AnyTile>
+  void find_run(Span tokens, std::size_t at, std::size_t step, AnyTile& tile) const {
     const auto* table = static_cast<const std::int32_t*>(problem_.page_table.data) +
                         block_.sequence * problem_.max_pages();
     const std::int64_t page_size = problem_.page_size();
@@ -134,7 +138,7 @@ class DecodeQuads {
     }
   }
 
-  bool sees_all(const Tile& tile) const {
+  bool sees_all(const TokenRange& tile) const {
     return all_see_.begin <= tile.first && tile.first + tile.count <= all_see_.end;
   }
 
@@ -147,7 +151,7 @@ class DecodeQuads {
     }
   }
 
-  void mask(const Tile& tile, Quad& quad) const {
+  void mask(const TokenRange& tile, Quad& quad) const {
     for (std::int64_t r = 0; r < kQuad; ++r) {
       const Span seen = quad.tokens[static_cast<std::size_t>(r)];
       for (std::int64_t i = 0; i < tile.count; ++i) {
@@ -185,13 +189,13 @@ class DecodeQuads {
     return static_cast<std::int64_t>(quad) / quads_of_head_;
   }
 
-  bool ends_part(const Tile& tile) const {
+  bool ends_part(const TokenRange& tile) const {
     const std::int64_t end = tile.first + tile.count;
     return end == tokens_.end || (end - tokens_.begin) % block_.part == 0;
   }
 
   /// The state of the part that the tile ends; then that of the next one starts.
-  void write_part(const Tile& tile, std::span<const AttentionState> partials) {
+  void write_part(const TokenRange& tile, std::span<const AttentionState> partials) {
     if (settled_) settle();
     write(partials[static_cast<std::size_t>((tile.first - tokens_.begin) / block_.part)]);
     start_part();

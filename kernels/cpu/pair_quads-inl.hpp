@@ -206,7 +206,7 @@ class PairQuads : protected DecodeQuads<Rows> {
   }
 
   // p ← the weights of a tile, [4 tokens, row] a vector, of the products of pairs of keys in s.
-  HWY_INLINE void weigh(Quad& quad, const Tile& tile, bool whole, FloatVec* p) const {
+  HWY_INLINE void weigh(Quad& quad, const TokenRange& tile, bool whole, FloatVec* p) const {
     const Floats d;
     const FloatVec scale = hn::Set(d, problem_.scale);
     HWY_UNROLL(4)
@@ -255,7 +255,7 @@ class PairQuads : protected DecodeQuads<Rows> {
   }
 
   // Soft cap and masks.
-  HWY_NOINLINE void change(Quad& quad, const Tile& tile, FloatVec* s) const {
+  HWY_NOINLINE void change(Quad& quad, const TokenRange& tile, FloatVec* s) const {
     const Floats d;
     for (std::int64_t i = 0; i < kScores; i += kLanes) hn::Store(s[i / kLanes], d, quad.s + i);
     if (problem_.soft_cap > 0.0F) this->cap(quad);

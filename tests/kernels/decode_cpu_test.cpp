@@ -151,6 +151,35 @@ TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
   }
 }
 
+// Heads enough, and rows few enough, for keys and values to pass as streams of memory.
+DecodeOptions streamed_options(std::uint64_t seed) {
+  std::mt19937_64 random(seed);
+  DecodeOptions options = random_options(seed);
+  options.latent = false;
+  options.kv_heads = 4 * pick(random, 1, 2);
+  options.head_dim = options.value_dim = options.kv_heads == 4 ? 128 : 64 * pick(random, 1, 2);
+  const std::int64_t group = pick(random, 1, 4);
+  options.q_heads = group * options.kv_heads;
+  for (DecodeSequence& sequence : options.sequences) {
+    sequence.rows = std::min(sequence.length, pick(random, 1, 4 / group));
+  }
+  return options;
+}
+
+TEST(DecodeCpuRandom, EqualsTheReferenceInStreams) {
+  for (std::uint64_t i = 0; i < 24; ++i) {
+    const std::uint64_t seed = test_seed() + 3000 + i;
+    SCOPED_TRACE(seed);
+    DecodeOptions options = streamed_options(seed);
+    options.dtype = i % 2 == 0 ? DType::bf16 : DType::f32;
+    options.spread = i % 3 == 0 ? 6.0F : options.spread;
+    options.sequences.front().length += i % 4 == 0 ? 2200 : 100;
+    kernels::cpu::choose_dot_decode(kernels::cpu::DotDecode::heads);
+    expect_for_all_pages(options, seed);
+    kernels::cpu::choose_dot_decode({});
+  }
+}
+
 // Far above the maximum so far, which need not follow scores that exceed it by little.
 TEST(DecodeCpu, EqualsTheReferenceWhereScoresRiseFar) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -176,9 +205,7 @@ std::vector<double> outputs(const DecodeProblem& problem, int threads) {
   return all;
 }
 
-void expect_same_bits(DType dtype) {
-  DecodeOptions options;
-  options.dtype = dtype;
+void expect_same_bits(DecodeOptions options) {
   options.spread = 3.0F;
   options.sequences = {{1, 5000}, {2, 1700, 130}};
   const DecodeCase expected(options, test_seed());
@@ -194,9 +221,22 @@ void expect_same_bits(DType dtype) {
 // Parts of the keys have states of their own, however many of them a thread takes in a row: the
 // scores are so large that a maximum which a part has from the one before it would be seen.
 TEST(DecodeCpu, HasTheSameBitsForAnyNumberOfThreads) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) expect_same_bits(dtype);
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    DecodeOptions options;
+    options.dtype = dtype;
+    expect_same_bits(options);
+    if (dtype == DType::f16) continue;
+    options.kv_heads = 4;
+    options.q_heads = 8;
+    options.head_dim = options.value_dim = 128;
+    kernels::cpu::choose_dot_decode(kernels::cpu::DotDecode::heads);
+    expect_same_bits(options);
+    kernels::cpu::choose_dot_decode({});
+  }
   kernels::cpu::choose_dot_decode(kernels::cpu::DotDecode::pairs);
-  expect_same_bits(DType::bf16);
+  DecodeOptions options;
+  options.dtype = DType::bf16;
+  expect_same_bits(options);
   kernels::cpu::choose_dot_decode({});
 }
 
