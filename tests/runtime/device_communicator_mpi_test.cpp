@@ -157,29 +157,44 @@ TEST_P(DeviceCommunicator, CountsBytesToOthersOnly) {
   EXPECT_EQ(ranks().bytes_sent() - before, ranks().size() == 1 ? 0 : 4000);
 }
 
-// The same memory again and again: it is written when peers have read what was there before.
+// The same memory again and again: it is written when peers have read what was there before. Half
+// of the ranks are late, now to write and now to read; no host waits for them.
 TEST_P(DeviceCommunicator, ReadsMemoryOfItsOwnDeviceInPlace) {
   constexpr int kLength = 1 << 20;
+  constexpr int kRounds = 6;
+  const bool everybody = ranks().reach() == Communicator::Reach::everybody;
   std::vector<std::unique_ptr<DeviceMessage>> written, read;
-  for (int round = 0; round < 6; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     written.push_back(std::make_unique<DeviceMessage>(message(ranks().rank(), 0, round, kLength)));
-    const DeviceMessage& mine = *written.back();
+    for (int peer = 0; peer < ranks().size(); ++peer) {
+      if (!everybody && peer != ranks().rank()) continue;
+      read.push_back(std::make_unique<DeviceMessage>(message(peer, 0, round, kLength)));
+      fill_bytes(read.back()->memory.data(), Device::cuda, 0xee, read.back()->bytes());
+    }
+  }
+  const Buffer ballast(Device::cuda, std::int64_t{512} << 20);
+  const auto delay = [&ballast] {
+    for (int i = 0; i < 4; ++i) fill_bytes(ballast.data(), Device::cuda, i, ballast.bytes());
+  };
+  auto next = read.begin();
+  for (int round = 0; round < kRounds; ++round) {
+    const bool late = ranks().rank() % 2 == 0;
+    const DeviceMessage& mine = *written[static_cast<std::size_t>(round)];
     const std::unique_ptr<Window> window = ranks().expose(mine.bytes());
     const Shape shape{mine.bytes()};
     const auto bytes_at = [&](const void* data) {
       return ConstTensorView(data, DType::u8, shape, Device::cuda);
     };
     window->begin_writes();
+    if (late && round % 2 == 0) delay();
     copy(bytes_at(mine.memory.data()), {window->local(), DType::u8, shape, Device::cuda});
     window->fence();
+    if (late && round % 2 == 1) delay();
     for (int peer = 0; peer < ranks().size(); ++peer) {
-      const bool everybody = ranks().reach() == Communicator::Reach::everybody;
       ASSERT_EQ(window->peer(peer) != nullptr, everybody || peer == ranks().rank());
       if (window->peer(peer) == nullptr) continue;
-      read.push_back(std::make_unique<DeviceMessage>(message(peer, 0, round, kLength)));
-      fill_bytes(read.back()->memory.data(), Device::cuda, 0xee, mine.bytes());
       copy(bytes_at(window->peer(peer)),
-           {read.back()->memory.data(), DType::u8, shape, Device::cuda});
+           {(*next++)->memory.data(), DType::u8, shape, Device::cuda});
     }
     window->end_reads();
   }
