@@ -110,10 +110,11 @@ TileRates solve(const TimedWork& much, const TimedWork& little) {
   return rates;
 }
 
-TileWork work_of(std::span<const Slice> slices, std::int64_t tile_rows, std::int64_t copies) {
+TileWork work_of(std::span<const Slice> slices, std::int64_t tile_rows, std::int64_t copies,
+                 TileWork (*work_of_slice)(const Slice&, std::int64_t)) {
   TileWork all;
   for (const Slice& slice : slices) {
-    const TileWork work = tile_work(slice, tile_rows);
+    const TileWork work = work_of_slice(slice, tile_rows);
     all.pairs += copies * work.pairs;
     all.tiles += copies * work.tiles;
   }
@@ -169,7 +170,8 @@ Rates measure_rates(Context& context, const Place& place, const PlanRequest& req
     const auto beside_call = [&](double seconds) {
       return std::max(seconds - rates.call_seconds, 0.1 * seconds);
     };
-    forward[i].work = backward[i].work = work_of(slices, rates.tile_rows, heads);
+    forward[i].work = work_of(slices, rates.tile_rows, heads, tile_work);
+    backward[i].work = work_of(slices, rates.tile_rows, heads, backward_tile_work);
     forward[i].seconds = beside_call(times.forward(tensors, slices));
     tensors.compute_delta();
     backward[i].seconds = beside_call(times.backward(tensors, slices));

@@ -53,6 +53,25 @@ std::int64_t own_rows_within(const SequenceLayout& kv, int rank, const std::vect
   return rows;
 }
 
+// Tiles of `tile_rows` queries, which begin at multiples of them, over blocks of `block_rows` keys.
+TileWork work_of_tiles(const Slice& slice, std::int64_t tile_rows, std::int64_t block_rows) {
+  const Span seeing =
+      intersect(slice.q, {slice.k.begin - slice.band.hi, slice.k.end - slice.band.lo});
+  if (seeing.empty() || slice.k.empty()) return {};
+  if (tile_rows <= 1) return {slice.area(), seeing.size()};
+  TileWork work;
+  for (std::int64_t begin = seeing.begin / tile_rows * tile_rows; begin < seeing.end;
+       begin += tile_rows) {
+    const Span queries = intersect(seeing, {begin, begin + tile_rows});
+    const Span keys =
+        intersect(slice.k, {queries.begin + slice.band.lo, queries.end + slice.band.hi});
+    if (keys.empty()) continue;
+    ++work.tiles;
+    work.pairs += (keys.size() + block_rows - 1) / block_rows * block_rows * tile_rows;
+  }
+  return work;
+}
+
 std::int64_t total(const std::vector<Span>& spans) {
   std::int64_t rows = 0;
   for (const Span span : spans) rows += span.size();
@@ -94,21 +113,14 @@ double backward_flops(std::int64_t area, const AttentionSizes& sizes) {
 }
 
 TileWork tile_work(const Slice& slice, std::int64_t tile_rows) {
-  const Span seeing =
-      intersect(slice.q, {slice.k.begin - slice.band.hi, slice.k.end - slice.band.lo});
-  if (seeing.empty() || slice.k.empty()) return {};
-  if (tile_rows <= 1) return {slice.area(), seeing.size()};
-  TileWork work;
-  for (std::int64_t begin = seeing.begin / tile_rows * tile_rows; begin < seeing.end;
-       begin += tile_rows) {
-    const Span queries = intersect(seeing, {begin, begin + tile_rows});
-    const Span keys =
-        intersect(slice.k, {queries.begin + slice.band.lo, queries.end + slice.band.hi});
-    if (keys.empty()) continue;
-    ++work.tiles;
-    work.pairs += (keys.size() + tile_rows - 1) / tile_rows * tile_rows * tile_rows;
-  }
-  return work;
+  return work_of_tiles(slice, tile_rows, tile_rows);
+}
+
+TileWork backward_tile_work(const Slice& slice, std::int64_t tile_rows) {
+  if (tile_rows <= 1) return tile_work(slice, tile_rows);
+  const Band turned{-slice.band.hi, -slice.band.lo};
+  return work_of_tiles({{0, slice.k.size()}, slice.q, turned.shifted(slice.k.begin, 0)}, tile_rows,
+                       std::max<std::int64_t>(tile_rows * 5 / 8, 1));
 }
 
 GroupShares group_shares(const SequenceLayout& q_layout, const SequenceLayout& kv_layout,

@@ -56,6 +56,9 @@ struct TileWork {
 /// Tiles of queries begin at multiples of `tile_rows`, those of keys at the first key of a tile of
 /// queries. Time grows with the tiles.
 TileWork tile_work(const Slice& slice, std::int64_t tile_rows);
+/// The same of a backward pass, whose tiles are of keys, from the slice's first on, and pass over
+/// blocks of 5/8 as many queries, from the first that sees one of the keys.
+TileWork backward_tile_work(const Slice& slice, std::int64_t tile_rows);
 
 /// What each group of ranks (see AttentionPlan) computes, receives and sends, without making its
 /// plan: exact, in time that grows with slices, chunks and the sum of both over the ranks.

@@ -185,13 +185,14 @@ class RankWalk {
   double compute_seconds(const Stage& stage) const {
     if (stage.slices.slices.empty()) return 0.0;
     const std::int64_t copies = stage.slices.batch_offsets.empty() ? plan_.request().batch : 1;
+    const bool forward = pass_ == Pass::forward;
     TileWork work;
     for (const Slice& slice : stage.slices.slices) {
-      const TileWork more = tile_work(slice, rates_.tile_rows);
+      const TileWork more = forward ? tile_work(slice, rates_.tile_rows)
+                                    : backward_tile_work(slice, rates_.tile_rows);
       work.pairs += copies * more.pairs;
       work.tiles += copies * more.tiles;
     }
-    const bool forward = pass_ == Pass::forward;
     const double flops =
         forward ? forward_flops(work.pairs, sizes_) : backward_flops(work.pairs, sizes_);
     const double rate = forward ? rates_.forward_flops : rates_.backward_flops;

@@ -292,6 +292,19 @@ TEST(TileWork, IsThatOfTheTilesThatSeeSomething) {
   }
 }
 
+TEST(TileWork, OfABackwardPassIsThatOfItsTilesOfKeys) {
+  const Band causal{-kUnbounded, 0};
+  const auto work = [](const Slice& slice) { return backward_tile_work(slice, 8); };
+  EXPECT_EQ(work({{0, 10}, {3, 19}, {}}).tiles, 2);  // from the slice's first key on
+  EXPECT_EQ(work({{0, 10}, {3, 19}, {}}).pairs, 2 * 8 * 10);
+  EXPECT_EQ(work({{0, 11}, {3, 19}, {}}).pairs, 2 * 8 * 15);  // blocks of 5 queries
+  // 16 queries see the first 8 keys, 8 the others.
+  EXPECT_EQ(work({{20, 36}, {20, 36}, causal}).tiles, 2);
+  EXPECT_EQ(work({{20, 36}, {20, 36}, causal}).pairs, 8 * (20 + 10));
+  EXPECT_EQ(work({{20, 36}, {40, 50}, causal}).tiles, 0);
+  EXPECT_EQ(backward_tile_work({{0, 10}, {0, 10}, causal}, 1).pairs, 55);
+}
+
 TEST(Simulate, ChargesWholeTiles) {
   const AttentionSizes sizes;
   Rates rates;
