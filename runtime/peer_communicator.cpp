@@ -188,8 +188,8 @@ class PeerCommunicator final : public Communicator {
     host_->all_gather(mine, all);
   }
   void all_reduce_sum(std::span<float> values) override { host_->all_reduce_sum(values); }
-  std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t /*granule*/) override {
-    if (reach() == Reach::everybody) return windows_.expose(bytes);
+  std::unique_ptr<Window> expose(std::int64_t bytes, std::int64_t granule) override {
+    if (reach() == Reach::everybody) return windows_.expose(bytes, granule);
     return std::make_unique<DeviceWindow>(*host_, bytes);
   }
 

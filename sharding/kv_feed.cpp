@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "kernels/error.hpp"
+#include "sharding/join_rectangles.hpp"
 
 namespace annulus {
 namespace {
@@ -61,7 +62,7 @@ KvFeed::KvFeed(Communicator& ranks, const AttentionPlan& plan, const ConstTensor
   if (ranks.size() == 1) return;
   const RecordedSpan span(recorder_, StageRecord::Kind::share);
   if (options.in_place && ranks.reach() != Communicator::Reach::nobody) {
-    share(reading == Reading::joined);
+    share(reading);
   }
   if (!sends_to(false)) return;
   if (rows_are_contiguous(k_) && rows_are_contiguous(v_)) {
@@ -83,26 +84,30 @@ bool KvFeed::sends_to(bool readable_peers) const {
   return false;
 }
 
-void KvFeed::share(bool join_stages) {
+void KvFeed::share(Reading reading) {
   struct Wanted {
     int sends;
     int stages;
+    int together;
   };
   const std::span<const Stage> stages = plan_.stages();
-  const Wanted mine{sends_to(false) ? 1 : 0, stages.empty() ? 0 : stages.back().number + 1};
+  const Wanted mine{sends_to(false) ? 1 : 0, stages.empty() ? 0 : stages.back().number + 1,
+                    reading == Reading::together && few_slices(plan_) ? 1 : 0};
   std::vector<Wanted> all(static_cast<std::size_t>(ranks_.size()));
   ranks_.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
   bool any_sends = false;
+  bool together = true;
   for (const Wanted& one : all) {
     most_stages_ = std::max(most_stages_, one.stages);
     any_sends = any_sends || one.sends != 0;
+    together = together && one.together != 0;
   }
   if (!any_sends) return;
   Shape k = k_.shape;
   Shape v = v_.shape;
   k[1] = v[1] = plan_.kv_layout().max_rows();
   window_ = ranks_.expose(kv_bytes(k, v, k_.dtype), std::max<std::int64_t>(row_bytes(), 1));
-  if (join_stages) join();
+  if (reading == Reading::joined ? joins_stages(plan_) : together) join();
   window_->begin_writes(stream_);
   copy_into_window();
   window_->fence(stream_);
@@ -111,7 +116,7 @@ void KvFeed::share(bool join_stages) {
 // Windows at equal distances are one tensor: a rank's rows begin whole rows behind the first's.
 void KvFeed::join() {
   const bool same_rows = k_.shape[2] == v_.shape[2] && k_.shape[3] == v_.shape[3];
-  if (!same_rows || !joins_stages(plan_) || window_->stride() == 0) return;
+  if (!same_rows || window_->stride() == 0) return;
   if (row_bytes() == 0 || window_->stride() % row_bytes() != 0) return;
   for (int peer = 0; peer < ranks_.size(); ++peer) {
     if (!readable(peer)) return;
@@ -123,7 +128,8 @@ void KvFeed::join() {
     part.rows.end = std::max(part.rows.end, runs.back().rows().end);
   }
   part.batch = {0, batch_};
-  part.slices = localize(plan_.request().mask, plan_.q_layout().runs(plan_.group()), {&runs, 1});
+  part.slices = join_rectangles(
+      localize(plan_.request().mask, plan_.q_layout().runs(plan_.group()), {&runs, 1}));
   std::sort(runs.begin(), runs.end(),
             [](const RowRun& a, const RowRun& b) { return a.begin < b.begin; });
   part.positions = positions_of(runs);

@@ -35,8 +35,9 @@ RowBytes rows_of(const TensorView& view, std::int64_t batch, Span rows);
 class KvFeed {
  public:
   enum class Reading : std::uint8_t {
-    stages,  // one after the other
-    joined,  // all at once where that is possible
+    stages,    // one after the other
+    joined,    // all at once where that is possible
+    together,  // the same, but only where it is possible on all ranks, and all ask for it
   };
 
   /// `buffers`: stages whose rows are held at a time. Collective when `in_place` is asked for.
@@ -56,6 +57,8 @@ class KvFeed {
   /// otherwise. Its rows are those of joined_views().
   const std::optional<StagePart>& joined() const { return joined_; }
   std::pair<ConstTensorView, ConstTensorView> joined_views() const;
+  /// From where a rank's rows begin in them to where the next one's do. @pre joined()
+  std::int64_t rows_apart() const { return window_->stride() / row_bytes(); }
   /// True when some peers read each other's rows. The same on all ranks.
   bool shares() const { return window_ != nullptr; }
   /// Keys and values of a whole shard and the mask's slices over them, in its own rows.
@@ -94,7 +97,7 @@ class KvFeed {
   };
 
   /// Makes the rows that peers want readable for those of them that can read. Collective.
-  void share(bool join);
+  void share(Reading reading);
   void join();
   void copy_into_window();
   bool sends_to(bool readable_peers) const;

@@ -6,6 +6,7 @@
 #include "sharding/backward_pass.hpp"
 #include "sharding/execution_accounting.hpp"
 #include "sharding/gradient_return.hpp"
+#include "sharding/joint_backward.hpp"
 #include "sharding/kv_feed.hpp"
 #include "sharding/segment_forward.hpp"
 #include "sharding/stage_compute.hpp"
@@ -58,7 +59,8 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
     const ScopedTimer timer(accounting.exposed_seconds());
     const bool by_columns = problem.bias || problem.dense_mask;
     return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream,
-                  by_columns ? KvFeed::Reading::stages : KvFeed::Reading::joined);
+                  by_columns || ranks.device() == Device::cuda ? KvFeed::Reading::stages
+                                                               : KvFeed::Reading::joined);
   }();
   feed.take_turn();
   const std::unique_ptr<ForwardPass> pass = make_forward_pass(local, plan, options);
@@ -100,8 +102,11 @@ void ring_backward(Communicator& ranks, const AttentionPlan& plan, const Backwar
   const AttentionProblem& problem = local.problem;
   KvFeed feed = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
-    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream);
+    return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream,
+                  may_join_backward(ranks, plan, local, options) ? KvFeed::Reading::together
+                                                                 : KvFeed::Reading::stages);
   }();
+  if (feed.joined()) return joint_backward(ranks, plan, local, options, feed, accounting);
   GradientReturn back = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
     return GradientReturn(ranks, plan, local, feed.shares() && ranks.device() == Device::cpu);

@@ -147,17 +147,21 @@ bool few_pieces(const Stage& stage) {
   return pieces <= kMost;
 }
 
-bool joins_stages(const AttentionPlan& plan) {
+bool few_slices(const AttentionPlan& plan) {
   if (plan.scheme() == Scheme::all_gather || plan.request().block_rows > 0) return false;
   std::size_t slices = 0;
-  bool receives = false;
-  for (const Stage& stage : plan.stages()) {
-    slices += stage.slices.slices.size();
-    receives = receives || (stage.number > 0 && !stage.receives.empty());
-  }
+  for (const Stage& stage : plan.stages()) slices += stage.slices.slices.size();
   const std::size_t most = 16 + 4 * index(plan.groups());
   const std::size_t lists = std::max<std::size_t>(plan.request().mask.batch_offsets.size(), 2) - 1;
-  return receives && slices <= most * lists;
+  return slices <= most * lists;
+}
+
+bool joins_stages(const AttentionPlan& plan) {
+  bool receives = false;
+  for (const Stage& stage : plan.stages()) {
+    receives = receives || (stage.number > 0 && !stage.receives.empty());
+  }
+  return receives && few_slices(plan);
 }
 
 std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,

@@ -47,6 +47,8 @@ bool few_pieces(const Stage& stage);
 /// state to carry and no stage to wait for. Not with a mask of so many slices that every tile of
 /// the call would search them.
 bool joins_stages(const AttentionPlan& plan);
+/// True when one call may have the slices of all stages.
+bool few_slices(const AttentionPlan& plan);
 
 /// Parts with something to compute, in the order of the buffer.
 std::vector<StagePart> parts_of(const Stage& stage, std::int64_t batch, Granularity granularity,
