@@ -14,8 +14,9 @@ bool has_bf16_dots();
 void allow_bf16_dots(bool allowed);
 
 /// How decode attention goes through a cache by dot products: two tokens of all heads at a time,
-/// which keeps the sums of all heads in L1, or the values of a tile of tokens head by head, with
-/// weights in bf16.
+/// which keeps the sums of all heads in L1 beside both streams of memory, or, with weights in bf16,
+/// the keys of a run of tokens before the values of another, and where O of all heads is too large
+/// for that the values of a tile of tokens head by head.
 enum class DotDecode : std::uint8_t { pairs, heads };
 
 /// Pairs where L1 has 48 KB, unless it was chosen.
