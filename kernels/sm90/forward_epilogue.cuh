@@ -51,15 +51,6 @@ __device__ inline void transpose_quad(std::uint32_t (&w)[4]) {
   }
 }
 
-/// An accumulator without keys may hold 0·NaN.
-template <int kCount>
-__device__ inline void clear_if(bool empty, float (&o)[kCount], int row) {
-#pragma unroll
-  for (int i = 2 * row; i < kCount; i += 4) {
-    if (empty) o[i] = o[i + 1] = 0.0F;
-  }
-}
-
 /// Writes a row in 16-byte pieces; every lane of a quad takes part.
 template <typename Element, int kCount>
 __device__ inline void store_row(const float (&o)[kCount], int row, float factor, Element* out,
@@ -247,37 +238,49 @@ __device__ inline void store_staged(const ForwardParams& params, const TileNote&
   }
 }
 
-/// O and LSE alone, which most calls want, both rows side by side: half the instructions.
+/// The warp's sixteen rows of O and their LSE. Returns false, and does nothing, where not all of
+/// them are the tile's or some have no keys.
 template <typename Tile, int kCount>
-__device__ inline void finish_plain(const ForwardParams& params, const TileNote& tile,
-                                    int warpgroup, const OutputRow (&at)[2],
-                                    const float (&o)[kCount], const RowStatistics& rows,
-                                    typename Tile::Element* staging) {
-  using Element = typename Tile::Element;
-  const unsigned lane = threadIdx.x % 4;
-  float norm[2];
-  bool stored[2];
-  Element* out[2];
+__device__ inline bool finish_rows(const ForwardParams& params, const TileNote& tile, int warpgroup,
+                                   const float (&o)[kCount], const RowStatistics& rows,
+                                   typename Tile::Element* staging) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int q = tile.q_begin + warpgroup * 64 + static_cast<int>(threadIdx.x % 128 / 32) * 16;
+  const float sum[2] = {quad_sum(rows.sum[0]), quad_sum(rows.sum[1])};
+  const bool empty =
+      (rows.max[0] == -INFINITY && sum[0] == 0.0F) || (rows.max[1] == -INFINITY && sum[1] == 0.0F);
+  if (q + 16 > tile.q_end || __any_sync(0xffffffffU, empty)) return false;
+  const float norm[2] = {__fdividef(1.0F, sum[0]), __fdividef(1.0F, sum[1])};
+  store_staged<Tile>(params, tile, warpgroup, o, norm, staging);
+  if (params.lse != nullptr && lane % 4 == 0) {
+    float* const lse = params.lse + tile.batch * params.lse_strides.batch +
+                       tile.unit_head * params.lse_strides.head +
+                       (q + lane / 4) * params.lse_strides.row;
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const float sum = quad_sum(rows.sum[row]);
-    const bool empty = rows.max[row] == -INFINITY && sum == 0.0F;
-    norm[row] = __fdividef(1.0F, sum);
-    out[row] = static_cast<Element*>(params.o) + offset_of(params.o_strides, at[row]) +
-               lane % 2 * 8 + lane / 2 * 4;
-    if (params.lse != nullptr && at[row].valid && lane == 0) {
-      params.lse[offset_of(params.lse_strides, at[row])] =
-          empty ? -INFINITY : (rows.max[row] * params.exp_scale + __log2f(sum)) * kLn2;
-    }
-    stored[row] = at[row].valid && !empty;
-    if (at[row].valid && empty) [[unlikely]] {
-#pragma unroll 1
-      for (int i = 0; i < kCount; i += 8) *reinterpret_cast<uint2*>(out[row] + i * 2) = {};
+    for (int row = 0; row < 2; ++row) {
+      lse[row * 8 * params.lse_strides.row] =
+          (rows.max[row] * params.exp_scale + __log2f(sum[row])) * kLn2;
     }
   }
-  if constexpr (Tile::kStaging != Tile::Staging::none) {
-    if (params.staged && __all_sync(0xffffffffU, stored[0] && stored[1])) {
-      return store_staged<Tile>(params, tile, warpgroup, o, norm, staging);
+  return true;
+}
+
+/// From registers, both rows side by side: half the instructions.
+template <typename Element, int kCount>
+__device__ inline void store_direct(const ForwardParams& params, const OutputRow (&at)[2],
+                                    const float (&o)[kCount], const float (&norm)[2],
+                                    const bool (&empty)[2]) {
+  const unsigned lane = threadIdx.x % 4;
+  Element* out[2];
+  bool stored[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    out[row] = static_cast<Element*>(params.o) + offset_of(params.o_strides, at[row]) +
+               lane % 2 * 8 + lane / 2 * 4;
+    stored[row] = at[row].valid && !empty[row];
+    if (at[row].valid && empty[row]) [[unlikely]] {
+#pragma unroll 1
+      for (int i = 0; i < kCount; i += 8) *reinterpret_cast<uint2*>(out[row] + i * 2) = {};
     }
   }
 #pragma unroll
@@ -290,6 +293,38 @@ __device__ inline void finish_plain(const ForwardParams& params, const TileNote&
                                       pack_pair<Element>(x[4] * f, x[5] * f));
       if (stored[row]) *reinterpret_cast<uint2*>(out[row] + i * 2) = words;
     }
+  }
+}
+
+/// O and LSE alone, which most calls want.
+template <typename Tile, int kCount>
+__device__ inline void finish_plain(const ForwardParams& params, const TileNote& tile,
+                                    int warpgroup, const OutputRow (&at)[2],
+                                    const float (&o)[kCount], const RowStatistics& rows,
+                                    typename Tile::Element* staging) {
+  using Element = typename Tile::Element;
+  const unsigned lane = threadIdx.x % 4;
+  float sum[2], norm[2];
+  bool empty[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    sum[row] = quad_sum(rows.sum[row]);
+    empty[row] = rows.max[row] == -INFINITY && sum[row] == 0.0F;
+    norm[row] = __fdividef(1.0F, sum[row]);
+  }
+  bool direct = true;
+  if constexpr (Tile::kStaging != Tile::Staging::none) {
+    const bool whole = at[0].valid && at[1].valid && !empty[0] && !empty[1];
+    direct = !params.staged || !__all_sync(0xffffffffU, whole);
+    if (!direct) store_staged<Tile>(params, tile, warpgroup, o, norm, staging);
+  }
+  if (direct) store_direct<Element>(params, at, o, norm, empty);
+  if (params.lse == nullptr || lane != 0) return;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    if (!at[row].valid) continue;
+    params.lse[offset_of(params.lse_strides, at[row])] =
+        empty[row] ? -INFINITY : (rows.max[row] * params.exp_scale + __log2f(sum[row])) * kLn2;
   }
 }
 
@@ -363,9 +398,12 @@ __device__ inline void finish_tile(const ForwardParams& params, const TileNote& 
                                    typename Tile::Element* staging) {
   using Element = typename Tile::Element;
   const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
-  await_earlier_launch();
+  if (!params.plain) await_earlier_launch();  // what merges nothing never begins early
   if (params.o == nullptr) admit_next_launch();
   if (tile.piece != 0 && !merge_pieces(params, tile.piece - 1, warpgroup, o, rows)) return;
+  if constexpr (Tile::kStaging == Tile::Staging::own) {
+    if (params.staged && finish_rows<Tile>(params, tile, warpgroup, o, rows, staging)) return;
+  }
   const OutputRow at[2] = {output_row(params, tile, warpgroup, local_row),
                            output_row(params, tile, warpgroup, local_row + 8)};
   if (params.plain) return finish_plain<Tile>(params, tile, warpgroup, at, o, rows, staging);
