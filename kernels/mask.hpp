@@ -109,8 +109,8 @@ struct MaskSlices {
   std::int64_t area(std::int64_t batch) const;
 };
 
-/// Turns a mask into disjoint slices. Throws bad_data when segments do not cover the lengths, blocks
-/// do not fit them or a prefix is below 0; usage for a window below -1.
+/// Turns a mask into disjoint slices. Throws bad_data when segments do not cover the lengths,
+/// blocks do not fit them or a prefix is below 0; usage for a window below -1.
 MaskSlices make_slices(const AttentionMask& mask, std::int64_t batch, std::int64_t seq_q,
                        std::int64_t seq_kv);
 
