@@ -204,7 +204,7 @@ void add_options(CLI::App& app, CommandLine& line) {
       ->check(CLI::IsMember({"bf16", "f16", "f32"}))
       ->capture_default_str();
   app.add_option("--repeats", options.repeats, "timed runs; the median counts")
-      ->check(whole_number<>(1))
+      ->check(whole_number<int>(1))
       ->capture_default_str();
   app.add_flag("--json", line.json, "rows for machines");
 }

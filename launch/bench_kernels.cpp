@@ -44,7 +44,7 @@ void add_options(CLI::App& app, KernelBenchOptions& options) {
       ->check(whole_number<>(1))
       ->capture_default_str();
   app.add_option("--repeats", options.repeats, "timed runs; the median counts")
-      ->check(whole_number<>(1));
+      ->check(whole_number<int>(1));
   app.add_option("--tokens", options.cuda.tokens,
                  "cuda: tokens of a call; the batch is --tokens / --seq")
       ->check(whole_number<>(1))
