@@ -57,10 +57,10 @@ void ring_forward(Communicator& ranks, const AttentionPlan& plan, const ForwardC
   const AttentionProblem& problem = local.problem;
   KvFeed feed = [&] {
     const ScopedTimer timer(accounting.exposed_seconds());
-    const bool by_columns = problem.bias || problem.dense_mask;
+    // Bias and masks lie by stages; on devices all rows at once are forward_in_one_launch()'s.
+    const bool by_stages = problem.bias || problem.dense_mask || ranks.device() == Device::cuda;
     return KvFeed(ranks, plan, problem.k, problem.v, options, local.stream,
-                  by_columns || ranks.device() == Device::cuda ? KvFeed::Reading::stages
-                                                               : KvFeed::Reading::joined);
+                  by_stages ? KvFeed::Reading::stages : KvFeed::Reading::joined);
   }();
   feed.take_turn();
   const std::unique_ptr<ForwardPass> pass = make_forward_pass(local, plan, options);
