@@ -91,11 +91,16 @@ AttentionCall::AttentionCall(const AttentionOperation& operation, const Attentio
       device_(device),
       context_(*operation.metadata().context),
       rank_(context_.rank()) {
+  check([this] { plan(); });
+}
+
+void AttentionCall::check(const std::function<void()>& step) {
+  if (failure_) return;
   try {
-    plan();
+    step();
   } catch (const Error& error) {
     const std::string said = error.what();
-    const std::string prefix = operation.name() + ": ";
+    const std::string prefix = operation_.name() + ": ";
     failure_ = Error(error.code(), said.starts_with(prefix) ? said : prefix + said);
   }
 }
@@ -107,6 +112,7 @@ void AttentionCall::plan() {
   require(!options_.reproducible || device_ == Device::cpu, ExitCode::usage,
           "the same bits for any number of ranks come from the CPU's kernels only; leave "
           "--reproducible or --backend out");
+  check_tensors(inputs_, operation_.metadata().mesh);
   const AttentionShape shape = shape_of(inputs_, options_.order);
   const TensorLayout query = bthd_layout(inputs_.query.layout(), options_.order);
   const TensorLayout key = bthd_layout(inputs_.key.layout(), options_.order);

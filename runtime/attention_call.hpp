@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -27,11 +28,15 @@ class AttentionCall {
   AttentionCall(const AttentionOperation& operation, const AttentionInputs& inputs,
                 const AttentionOptions& options, Device device);
 
+  /// Runs `step` unless something failed before, and keeps what it throws for agree(). It may look
+  /// at setup().
+  void check(const std::function<void()>& step);
+
   /// Throws on all ranks when one of them failed or they differ in what they were asked to do.
   /// `extra` inputs have their layouts compared too. Collective.
   void agree(const std::vector<const DistributedTensor*>& extra = {});
 
-  /// @pre agree() has returned, here and below
+  /// @pre agree() has returned, here and below; but for setup() inside check()
   const AttentionSetup& setup() const { return *setup_; }
   OperationReport& report() { return report_; }
   Device device() const { return device_; }

@@ -52,6 +52,28 @@ Shape sinks_shape(const DistributedTensor* tensor, const AttentionShape& shape) 
 
 }  // namespace
 
+void check_tensor(const DistributedTensor* tensor, std::string_view what, const Mesh& mesh,
+                  bool flags) {
+  if (tensor == nullptr || !*tensor) return;
+  require(flags ? tensor->dtype() == DType::u8 : is_floating(tensor->dtype()), ExitCode::bad_data,
+          "attention: {} is of {}; accepted: {}", what, name(tensor->dtype()),
+          flags ? "u8, 1 keeps" : "f32, f16, bf16, f64");
+  const Mesh& found = tensor->layout().mesh();
+  require(found == mesh, ExitCode::usage, "attention: {} lies over mesh {}, the operation over {}",
+          what, found.to_string(), mesh.to_string());
+}
+
+void check_tensors(const AttentionInputs& inputs, const Mesh& mesh) {
+  check_tensor(&inputs.query, "query", mesh);
+  check_tensor(&inputs.key, "key", mesh);
+  check_tensor(&inputs.value, "value", mesh);
+  check_tensor(inputs.bias, "bias", mesh);
+  check_tensor(inputs.mask, "mask", mesh, true);
+  check_tensor(inputs.sinks, "sinks", mesh);
+  check_tensor(inputs.decode.query_rope, "query_rope", mesh);
+  check_tensor(inputs.decode.key_rope, "key_rope", mesh);
+}
+
 AttentionShape shape_of(const AttentionInputs& inputs, DimOrder order) {
   const Shape q = in_bthd(inputs.query, order, "query");
   const Shape k = in_bthd(inputs.key, order, "key");

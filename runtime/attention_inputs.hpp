@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 
 #include "kernels/mask.hpp"
 #include "kernels/types.hpp"
@@ -84,6 +85,13 @@ struct AttentionShape {
   Shape sinks = {};
   friend bool operator==(const AttentionShape&, const AttentionShape&) = default;
 };
+
+/// Throws, naming the tensor and what it is, unless it lies over `mesh` (usage) and its elements
+/// are floating-point numbers, or u8 where `flags` (bad_data). An absent tensor passes.
+void check_tensor(const DistributedTensor* tensor, std::string_view what, const Mesh& mesh,
+                  bool flags = false);
+/// That of all inputs; a dense mask is of flags.
+void check_tensors(const AttentionInputs& inputs, const Mesh& mesh);
 
 /// Reads and checks the shapes of the inputs. Throws bad_data naming the tensor, what is expected
 /// and what was found.

@@ -42,6 +42,16 @@ OperationOutput run_forward(const AttentionOperation& operation, const Attention
   return output;
 }
 
+/// A result of the forward call, or the gradient of one, has the shape of `layout`.
+void check_given(const DistributedTensor& tensor, std::string_view what,
+                 const TensorLayout& layout) {
+  require(static_cast<bool>(tensor), ExitCode::usage, "the backward pass needs {}", what);
+  check_tensor(&tensor, what, layout.mesh());
+  require(tensor.global_shape() == layout.global_shape(), ExitCode::bad_data,
+          "{} is {}, expected {}", what, tensor.global_shape().to_string(),
+          layout.global_shape().to_string());
+}
+
 Tensor cleared(const AttentionCall& call, const Shape& shape) {
   Tensor tensor(DType::f32, shape, call.device());
   clear(tensor.view());
@@ -81,9 +91,13 @@ OperationGradients AttentionOperation::backward(const AttentionInputs& inputs,
   const bool on_device =
       !native_is_forced() && (metadata().backend == "cuda" || metadata().backend == "cudnn");
   AttentionCall call(*this, inputs, options, on_device ? Device::cuda : Device::cpu);
+  call.check([&] {
+    const AttentionLayouts& layouts = call.setup().layouts;
+    check_given(output.attention_outputs, "attention_outputs", layouts.output);
+    check_given(output.log_sum_exp, "log_sum_exp", layouts.log_sum_exp);
+    check_given(grad_output, "grad_output", layouts.output);
+  });
   call.agree({&output.attention_outputs, &output.log_sum_exp, &grad_output});
-  require(output.attention_outputs && output.log_sum_exp && grad_output, ExitCode::usage,
-          "{}: the backward pass needs attention_outputs, log_sum_exp and grad_output", name());
   call.bring_inputs();
   const AttentionLayouts& layouts = call.setup().layouts;
   const WorkingInput o = call.bring(output.attention_outputs, DimOrder::bthd, layouts.output,

@@ -29,6 +29,16 @@ std::string in_words(const DistributedTensor* tensor) {
   return fmt::format("{} {}", name(tensor->dtype()), tensor->layout().to_string());
 }
 
+std::string in_words(const KeyValueCache* cache) {
+  if (cache == nullptr) return "absent";
+  const KeyValueCacheOptions& options = cache->options();
+  const CacheLayout& layout = cache->pages().layout();
+  return fmt::format(
+      "{} {} pages of {} tokens in blocks of {}, {} heads of {} and {}, lengths {:x}, starts {:x}",
+      name(options.dtype), layout.pages, layout.page_size, layout.block, options.kv_heads,
+      options.head_dim, options.value_dim, digest_of(cache->lengths()), digest_of(cache->starts()));
+}
+
 }  // namespace
 
 CacheCall::CacheCall(const DecodeOperation& operation, const AttentionInputs& inputs,
@@ -74,8 +84,8 @@ void CacheCall::state(Statement& statement) const {
       .add("query_begin", digest_of(decode.query_begin))
       .add("starts", digest_of(decode.starts))
       .add("indexes", digest_of(decode.indexes))
-      .add("cache lengths", decode.cache ? digest_of(decode.cache->lengths()) : 0)
-      .add("cache starts", decode.cache ? digest_of(decode.cache->starts()) : 0);
+      .add("cache", in_words(decode.cache.get()))
+      .add("output dtype", name(options_.output_dtype.value_or(dtype_)));
 }
 
 void CacheCall::agree() {

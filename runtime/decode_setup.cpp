@@ -65,6 +65,17 @@ void check_cache(const KeyValueCache& cache, const DecodeSetup& setup, const Sha
           "query has {} batch rows, the cache {} sequences", query[0], cache.options().sequences);
 }
 
+void check_options(const AttentionInputs& inputs, const AttentionOptions& options) {
+  require(inputs.bias == nullptr && inputs.mask == nullptr, ExitCode::usage,
+          "takes no bias and no dense mask");
+  const AttentionMask& mask = options.mask;
+  require(mask.q_segments.empty() && mask.kv_segments.empty() && mask.prefix_lengths.empty() &&
+              mask.block_q == 0,
+          ExitCode::usage, "takes no segments, no prefixes and no blocks; a window is its mask");
+  require(!options.attention_weights && !options.reproducible && !options.deal, ExitCode::usage,
+          "forms no attention_weights, is not reproducible, and rows are dealt as the cache is");
+}
+
 void check_heads(const DecodeSetup& setup) {
   const std::int64_t heads = setup.query[2];
   require(heads > 0 && heads % setup.kv_heads == 0, ExitCode::bad_data,
@@ -187,8 +198,8 @@ DecodeSetup make_decode_setup(const DecodeOperation& operation, const AttentionI
   const KeyValueCache* cache = inputs.decode.cache.get();
   require(cache != nullptr || kind == Cache::given, ExitCode::usage,
           "needs a cache of pages; pass it in AttentionInputs::decode");
-  require(inputs.bias == nullptr && inputs.mask == nullptr, ExitCode::usage,
-          "takes no bias and no dense mask");
+  check_options(inputs, options);
+  check_tensors(inputs, operation.metadata().mesh);
   require(options.dropout.value_or(operation.metadata().dropout_prob) == 0.0F, ExitCode::usage,
           "takes no dropout");
   Shape query = in_bthd(inputs.query, options.order, "query");

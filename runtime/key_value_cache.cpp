@@ -22,6 +22,9 @@ void check(const KeyValueCacheOptions& options) {
   require(
       options.dtype == DType::f32 || options.dtype == DType::f16 || options.dtype == DType::bf16,
       ExitCode::usage, "cache: dtype {}; accepted: f32, f16, bf16", name(options.dtype));
+  require(options.contiguous_tokens >= 0 && options.block >= 0, ExitCode::usage,
+          "cache: {} contiguous tokens, blocks of {}; accepted: 0 or more",
+          options.contiguous_tokens, options.block);
   require(options.contiguous_tokens > 0 ||
               (1 <= options.page_size && options.page_size <= kMostPageSize),
           ExitCode::usage, "cache: pages of {} tokens; accepted: 1 to {}", options.page_size,

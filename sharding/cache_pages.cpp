@@ -38,6 +38,9 @@ CachePages::CachePages(const CacheLayout& layout, int batch_part, int rank)
           ExitCode::usage,
           "cache: {} sequences, {} pages of {} tokens dealt in blocks of {}; accepted: 1 or more",
           layout.sequences, layout.pages, layout.page_size, layout.block);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  require(layout.pages <= kMost, ExitCode::usage, "cache: {} pages; accepted: 1 to {}",
+          layout.pages, kMost);
   require(0 <= batch_part && batch_part < layout.batch_parts && 0 <= rank && rank < layout.ranks,
           ExitCode::usage, "cache: no rank {} in batch part {} of {} ranks in {} parts", rank,
           batch_part, layout.ranks, layout.batch_parts);
