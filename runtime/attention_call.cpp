@@ -112,6 +112,7 @@ void AttentionCall::plan() {
   require(!options_.reproducible || device_ == Device::cpu, ExitCode::usage,
           "the same bits for any number of ranks come from the CPU's kernels only; leave "
           "--reproducible or --backend out");
+  check_output_dtype(options_);
   check_tensors(inputs_, operation_.metadata().mesh);
   const AttentionShape shape = shape_of(inputs_, options_.order);
   const TensorLayout query = bthd_layout(inputs_.query.layout(), options_.order);

@@ -63,6 +63,12 @@ void check_tensor(const DistributedTensor* tensor, std::string_view what, const 
           what, found.to_string(), mesh.to_string());
 }
 
+void check_output_dtype(const AttentionOptions& options) {
+  const DType dtype = options.output_dtype.value_or(DType::f32);
+  require(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, ExitCode::usage,
+          "attention: output dtype {}; accepted: f32, f16, bf16", name(dtype));
+}
+
 void check_tensors(const AttentionInputs& inputs, const Mesh& mesh) {
   check_tensor(&inputs.query, "query", mesh);
   check_tensor(&inputs.key, "key", mesh);

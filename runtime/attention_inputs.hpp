@@ -90,7 +90,9 @@ struct AttentionShape {
 /// are floating-point numbers, or u8 where `flags` (bad_data). An absent tensor passes.
 void check_tensor(const DistributedTensor* tensor, std::string_view what, const Mesh& mesh,
                   bool flags = false);
-/// That of all inputs; a dense mask is of flags.
+/// Throws usage unless results are asked for in f32, f16, bf16 or no dtype in particular.
+void check_output_dtype(const AttentionOptions& options);
+/// check_tensor() of all inputs; a dense mask is of flags.
 void check_tensors(const AttentionInputs& inputs, const Mesh& mesh);
 
 /// Reads and checks the shapes of the inputs. Throws bad_data naming the tensor, what is expected

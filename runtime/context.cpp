@@ -42,6 +42,12 @@ std::vector<Value> gather_from_all(Communicator& communicator, const Value& mine
   return all;
 }
 
+MpiHandle present(MpiHandle handle) {
+  require(MPI_Comm_f2c(handle.fortran) != MPI_COMM_NULL, ExitCode::usage,
+          "context: MPI_COMM_NULL has no ranks; only members of a communicator make a context");
+  return handle;
+}
+
 }  // namespace
 
 class Context::MpiLifetime {
@@ -105,7 +111,7 @@ Context::Context(const MpiOptions& options)
 }
 
 Context::Context(MpiHandle handle, const MpiOptions& options)
-    : mpi_(handle),
+    : mpi_(present(handle)),
       watch_(std::make_unique<Watch>(handle, false)),
       world_(make_mpi_communicator(handle, options)) {
   find_nodes();

@@ -24,7 +24,8 @@ class Context {
   /// in the destructor if it started it. Throws usage when SLURM asked for several ranks and this
   /// one runs alone, as srun without a matching PMI lets happen.
   explicit Context(const MpiOptions& options = {});
-  /// Over a duplicate of the caller's communicator; MPI stays the caller's.
+  /// Over a duplicate of the caller's communicator; MPI stays the caller's. Throws usage for
+  /// MPI_COMM_NULL.
   explicit Context(MpiHandle handle, const MpiOptions& options = {});
   /// Over any group of ranks, such as threads.
   explicit Context(Communicator& ranks);

@@ -199,6 +199,7 @@ DecodeSetup make_decode_setup(const DecodeOperation& operation, const AttentionI
   require(cache != nullptr || kind == Cache::given, ExitCode::usage,
           "needs a cache of pages; pass it in AttentionInputs::decode");
   check_options(inputs, options);
+  check_output_dtype(options);
   check_tensors(inputs, operation.metadata().mesh);
   require(options.dropout.value_or(operation.metadata().dropout_prob) == 0.0F, ExitCode::usage,
           "takes no dropout");

@@ -1,6 +1,7 @@
 #include "runtime/key_value_cache.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/error.hpp"
 #include "sharding/named_sharding.hpp"
@@ -99,9 +100,11 @@ void KeyValueCache::truncate(std::int64_t sequence, std::int64_t length) {
 }
 
 void KeyValueCache::set_start(std::int64_t sequence, std::int64_t start) {
-  require(0 <= sequence && sequence < options_.sequences && 0 <= start, ExitCode::bad_data,
-          "cache: sequence {} cannot start at {}; there are {} sequences", sequence, start,
-          options_.sequences);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  require(0 <= sequence && sequence < options_.sequences && 0 <= start && start <= kMost,
+          ExitCode::bad_data,
+          "cache: sequence {} cannot start at {}; accepted: 0 to {} of {} sequences", sequence,
+          start, kMost, options_.sequences);
   starts_[static_cast<std::size_t>(sequence)] = start;
   const Span own = pages_.sequences();
   if (own.contains(sequence)) {

@@ -20,6 +20,8 @@ bool native_is_forced() {
 
 OperationImpl::OperationImpl(std::string name, OperationMetadata metadata)
     : name_(std::move(name)), metadata_(std::move(metadata)) {
+  require(metadata_.context != nullptr, ExitCode::usage,
+          "{}: metadata without a context; resolve_metadata() makes it", name_);
   const auto at = metadata_.operation_configs.find(name_);
   if (at != metadata_.operation_configs.end()) tuning_ = at->second;
 }

@@ -14,7 +14,7 @@ namespace annulus {
 /// the ranks of the context.
 class OperationImpl {
  public:
-  /// `name`: the one it was registered under.
+  /// `name`: the one it was registered under. Throws usage for metadata without a context.
   OperationImpl(std::string name, OperationMetadata metadata);
   virtual ~OperationImpl() = default;
   OperationImpl(const OperationImpl&) = delete;

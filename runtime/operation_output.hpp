@@ -48,7 +48,8 @@ struct OperationOutput {
   std::optional<CacheView> cache_view;
   OperationReport report;
 
-  /// The global tensors on `root`, absent elsewhere; on all ranks without a root. Collective.
+  /// The global tensors on `root`, absent elsewhere; on all ranks without a root. Throws usage on
+  /// all ranks when they name different ones. Collective.
   GatheredOutput gather(Context& context, std::optional<int> root = std::nullopt) const;
 };
 

@@ -60,6 +60,35 @@ void expect_within(const std::string& text, const std::string& part) {
       << "'" << text << "' says nothing of '" << part << "'";
 }
 
+/// A decode call over a cache of two sequences of three tokens.
+class DecodeCall {
+ public:
+  explicit DecodeCall(const Rank& on) : on_(on) {}
+
+  std::string refusal(const AttentionOptions& options = {}) const {
+    const DistributedTensor q = on_.tensor({2, 1, 4, 16});
+    const DistributedTensor k = on_.tensor({2, 1, 2, 16});
+    return Rank::refusal([&] {
+      AttentionInputs inputs{.query = q, .key = k, .value = k};
+      inputs.decode.cache = std::make_shared<KeyValueCache>(on_.metadata(), cache);
+      inputs.decode.cache->append(std::vector<std::int64_t>{3, 3});
+      static_cast<void>(
+          (*OperationRegistry::create("unified_attention", on_.metadata()))(inputs, options));
+    });
+  }
+
+  KeyValueCacheOptions cache{.sequences = 2,
+                             .kv_heads = 2,
+                             .head_dim = 16,
+                             .value_dim = 16,
+                             .dtype = DType::f32,
+                             .page_size = 4,
+                             .pages = 8};
+
+ private:
+  const Rank& on_;
+};
+
 TEST(Refusal, TensorsOfOtherTypes) {
   on_two_ranks([](const Rank& on) {
     const DistributedTensor q = on.tensor({1, 10, 4, 16});
@@ -80,6 +109,39 @@ TEST(Refusal, TensorsOfOtherTypes) {
                     "mask is of f32; accepted: u8, 1 keeps");
       expect_within(refusal({.query = q, .key = k, .value = k, .bias = &whole}), "bias is of i32");
     }
+  });
+}
+
+TEST(Refusal, OutputsThatAreNoFloats) {
+  on_two_ranks([](const Rank& on) {
+    const DistributedTensor q = on.tensor({1, 10, 4, 16});
+    for (const DType dtype : {DType::u8, DType::i64, DType::f64}) {
+      AttentionOptions options;
+      options.output_dtype = dtype;
+      const std::string wanted =
+          fmt::format("output dtype {}; accepted: f32, f16, bf16", name(dtype));
+      const auto attend = OperationRegistry::create("ring", on.metadata());
+      expect_within(Rank::refusal([&] {
+                      static_cast<void>((*attend)({q, q, q}, options));
+                    }),
+                    wanted);
+      expect_within(DecodeCall(on).refusal(options), wanted);
+    }
+  });
+}
+
+TEST(Refusal, MetadataWithoutAContext) {
+  expect_within(Rank::refusal([] { static_cast<void>(OperationRegistry::create("ring", {})); }),
+                "metadata without a context");
+}
+
+TEST(Refusal, RootsThatDifferAmongRanks) {
+  run_ranks(2, [](Communicator& ranks) {
+    Context context(ranks);
+    expect_within(Rank::refusal([&] {
+                    static_cast<void>(OperationOutput{}.gather(context, context.rank()));
+                  }),
+                  "gather: ranks were not started alike: root is rank 0 on rank 0 but rank 1");
   });
 }
 
@@ -120,35 +182,6 @@ TEST(Refusal, ResultsThatAreNotOfTheForwardCall) {
     expect_within(refusal(other, grad), "log_sum_exp is [1, 4, 11], expected [1, 4, 10]");
   });
 }
-
-/// A decode call over a cache of two sequences of three tokens.
-class DecodeCall {
- public:
-  explicit DecodeCall(const Rank& on) : on_(on) {}
-
-  std::string refusal(const AttentionOptions& options = {}) const {
-    const DistributedTensor q = on_.tensor({2, 1, 4, 16});
-    const DistributedTensor k = on_.tensor({2, 1, 2, 16});
-    return Rank::refusal([&] {
-      AttentionInputs inputs{.query = q, .key = k, .value = k};
-      inputs.decode.cache = std::make_shared<KeyValueCache>(on_.metadata(), cache);
-      inputs.decode.cache->append(std::vector<std::int64_t>{3, 3});
-      static_cast<void>(
-          (*OperationRegistry::create("unified_attention", on_.metadata()))(inputs, options));
-    });
-  }
-
-  KeyValueCacheOptions cache{.sequences = 2,
-                             .kv_heads = 2,
-                             .head_dim = 16,
-                             .value_dim = 16,
-                             .dtype = DType::f32,
-                             .page_size = 4,
-                             .pages = 8};
-
- private:
-  const Rank& on_;
-};
 
 TEST(Refusal, OptionsThatDecodeDoesNotFollow) {
   on_two_ranks([](const Rank& on) {
