@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -147,6 +148,25 @@ TEST(CpuSplitKeys, ResumesACarriedStateAndFoldsSinksOnce) {
   call.o = o.view();
   attention_forward(call, "cpu");
   EXPECT_LT(max_difference(o.values(), reference.o), 2e-6);
+}
+
+// The last key is seen by the last query alone; its infinite value must not reach the other one.
+TEST(CpuSplitKeys, KeepInfiniteValuesOfMaskedKeysOut) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    Case c(dtype, Shape{1, 2, 2, 64}, Shape{1, 40, 2, 64}, causal(), 17);
+    const Output clean = forward(c, "cpu");
+    std::vector<double> values = c.v.values();
+    std::fill(values.end() - 2 * 64, values.end(), kInfinity);
+    c.v.fill(values);
+    const Output found = forward(c, "cpu");
+    for (std::size_t i = 0; i < found.o.size(); ++i) {
+      if (i < found.o.size() / 2) {
+        ASSERT_NEAR(found.o[i], clean.o[i], 1e-6) << name(dtype) << " " << i;
+      } else {
+        ASSERT_FALSE(std::isfinite(found.o[i])) << name(dtype) << " " << i;
+      }
+    }
+  }
 }
 
 // Short queries go another way, which counts as well.
@@ -304,6 +324,58 @@ TEST(CpuGradients, OverwriteThoseOfKeysWhereAsked) {
     EXPECT_EQ(results[2], results[0]) << backend;
     EXPECT_EQ(results[3], results[1]) << backend;
   }
+}
+
+// A bias of −∞ for all keys of a row, of which no mask tells: the row counts nothing.
+TEST(CpuGradients, OfRowsWithoutWeightsAreZero) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Case c(dtype, Shape{1, 40, 2, 32}, Shape{1, 40, 2, 32}, {}, 29);
+    std::mt19937_64 random(test_seed() + 30);
+    const HostTensor grad_o = normal(random, dtype, c.problem.q.shape);
+    HostTensor bias = output(DType::f32, Shape{1, 1, 40, 40});
+    std::vector<double> values(40 * 40, 0.0);
+    std::fill_n(values.begin() + 7 * 40, 40, -kInfinity);
+    bias.fill(values);
+    c.problem.bias = std::as_const(bias).view();
+    HostTensor lse = output(DType::f32, c.statistic());
+    lse.fill(forward(c, "cpu").log_sum_exp);
+    HostTensor delta = output(DType::f32, c.statistic());
+    delta.fill(std::vector<double>(2 * 40, 0.0));
+    std::vector<std::vector<double>> results;
+    for (const char* backend : {"cpu", "reference"}) {
+      std::vector<HostTensor> grads(3, output(DType::f32, c.problem.q.shape));
+      for (HostTensor& grad : grads) grad.fill(std::vector<double>(40 * 64, 0.0));
+      BackwardCall call;
+      call.problem = c.problem;
+      call.grad_o = grad_o.view();
+      call.log_sum_exp = std::as_const(lse).view();
+      call.delta = std::as_const(delta).view();
+      call.grad_q = grads[0].view();
+      call.grad_k = grads[1].view();
+      call.grad_v = grads[2].view();
+      attention_backward(call, backend);
+      for (const HostTensor& grad : grads) results.push_back(grad.values());
+    }
+    const double tolerance = dtype == DType::f32 ? 1e-5 : 0x1p-5;
+    for (std::size_t i = 0; i < 3; ++i) {
+      EXPECT_LE(max_difference(results[i], results[3 + i]), tolerance) << name(dtype) << " " << i;
+    }
+    for (std::size_t i = 7 * 64; i < 8 * 64; ++i) ASSERT_EQ(results[0][i], 0.0) << name(dtype);
+  }
+}
+
+// A head with a sink of −∞, and a row of it without keys.
+TEST(CpuGradients, OfNoSinkAreZero) {
+  const std::vector<float> sinks{-std::numeric_limits<float>::infinity(), 1.0F};
+  HostTensor lse = output(DType::f32, Shape{1, 2, 3});
+  lse.fill({-kInfinity, 0.5, 2.0, 1.0, 1.5, 2.0});
+  HostTensor delta = output(DType::f32, Shape{1, 2, 3});
+  delta.fill({0.0, 0.25, -1.0, 0.5, 0.0, 0.0});
+  std::vector<float> grads(2, 0.0F);
+  attention_sink_gradient(ConstTensorView(sinks.data(), DType::f32, Shape{2}),
+                          std::as_const(lse).view(), std::as_const(delta).view(),
+                          TensorView(grads.data(), DType::f32, Shape{2}));
+  EXPECT_EQ(grads, (std::vector<float>{0.0F, -0.5F}));
 }
 
 // The gradients of everything at once, against differences in double of the reference.

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <omp.h>
 
+#include <functional>
 #include <limits>
 
 #include "kernels/cpu/targets.hpp"
@@ -120,17 +121,17 @@ TEST(DecodeCpuRandom, EqualsTheReferenceOnEveryVectorTarget) {
 }
 
 // Every way through the dot product, and none.
-void expect_with_and_without_dots(const DecodeOptions& options, std::uint64_t seed) {
+void for_each_way(const std::function<void()>& check) {
   using kernels::cpu::DotDecode;
   for (const DotDecode way : {DotDecode::pairs, DotDecode::heads}) {
     SCOPED_TRACE(fmt::format("way {}", static_cast<int>(way)));
     kernels::cpu::choose_dot_decode(way);
-    expect_for_all_pages(options, seed);
+    check();
   }
   kernels::cpu::choose_dot_decode({});
   SCOPED_TRACE("no dots");
   kernels::cpu::allow_bf16_dots(false);
-  expect_for_all_pages(options, seed);
+  check();
   kernels::cpu::allow_bf16_dots(true);
 }
 
@@ -147,7 +148,7 @@ TEST(DecodeCpuRandom, EqualsTheReferenceWithAndWithoutDotProducts) {
       options.latent = false;
     }
     options.sequences.front().length += i % 3 == 0 ? 2200 : 400;
-    expect_with_and_without_dots(options, seed);
+    for_each_way([&] { expect_for_all_pages(options, seed); });
   }
 }
 
@@ -183,11 +184,30 @@ TEST(DecodeCpuRandom, EqualsTheReferenceInStreams) {
 // Far above the maximum so far, which need not follow scores that exceed it by little.
 TEST(DecodeCpu, EqualsTheReferenceWhereScoresRiseFar) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const float spread : {8.0F, 100.0F}) {  // by tens, and by more than an exponential holds
+      DecodeOptions options;
+      options.dtype = dtype;
+      options.spread = spread;
+      options.sequences = {{1, 3000}, {3, 700}};
+      expect_for_all_pages(options, test_seed());
+    }
+  }
+}
+
+// The first tile, of which some rows see only a part, waits with its weights while others raise the
+// maximum.
+TEST(DecodeCpu, EqualsTheReferenceWhereScoresRiseBehindACutTile) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
     DecodeOptions options;
     options.dtype = dtype;
+    options.q_heads = options.kv_heads = 4;
+    options.head_dim = options.value_dim = 128;
     options.spread = 8.0F;
-    options.sequences = {{1, 3000}, {3, 700}};
+    options.window_left = 100;
+    options.sequences = {{4, 700}};
+    kernels::cpu::choose_dot_decode(kernels::cpu::DotDecode::heads);
     expect_for_all_pages(options, test_seed());
+    kernels::cpu::choose_dot_decode({});
   }
 }
 
@@ -252,28 +272,43 @@ TEST(DecodeCpu, LatentOf512And64Columns) {
   expect_for_all_pages(options, test_seed());
 }
 
+// The last key is seen by the last query alone; its infinite value must not reach the others.
+void expect_infinite_value_kept_out(const DecodeOptions& options) {
+  const DecodeCase expected(options, test_seed());
+  PagedCache cache = expected.paged({}, 16, test_seed());
+  const DecodeProblem problem = cache.problem(expected, {});
+  const std::int64_t key = options.sequences.front().length - 1;
+  const std::int64_t page = cache.page_table[static_cast<std::size_t>(key / 16)];
+  const TensorView last =
+      cache.v.view().slice(0, {page, page + 1}).slice(1, {key % 16, key % 16 + 1});
+  for (std::int64_t i = 0; i < options.kv_heads * options.value_dim; ++i) {
+    store_element(last.data, options.dtype, i, std::numeric_limits<double>::infinity());
+  }
+  const std::int64_t queries = options.sequences.front().rows;
+  HostTensor o(options.dtype, Shape{queries, options.q_heads, options.value_dim}, {0, 1, 2}, 0);
+  decode_forward({problem, {}, o.view(), {}, {}}, "cpu");
+  const std::vector<double> found = o.values();
+  const double tolerance = options.dtype == DType::f32 ? 1e-5 : 0x1p-7;
+  const std::size_t of_others =
+      found.size() / static_cast<std::size_t>(queries) * static_cast<std::size_t>(queries - 1);
+  for (std::size_t i = 0; i < of_others; ++i) ASSERT_NEAR(found[i], expected.o[i], tolerance);
+  for (std::size_t i = of_others; i < found.size(); ++i) ASSERT_FALSE(std::isfinite(found[i])) << i;
+}
+
+// In a tile that ends with it and in one that it does not fill, of heads few and many.
 TEST(DecodeCpu, KeepsInfiniteValuesOfMaskedKeysOut) {
-  for (const DType dtype : {DType::f32, DType::bf16}) {
-    SCOPED_TRACE(name(dtype));
-    DecodeOptions options;
-    options.dtype = dtype;
-    options.sequences = {{4, 20}};
-    const DecodeCase expected(options, test_seed());
-    PagedCache cache = expected.paged({}, 16, test_seed());
-    DecodeProblem problem = cache.problem(expected, {});
-    // The last key is seen by the last query alone; its value must not reach the others.
-    const std::int64_t slot = 19 % 16;
-    const std::int64_t page = cache.page_table[1];
-    const TensorView last = cache.v.view().slice(0, {page, page + 1}).slice(1, {slot, slot + 1});
-    for (std::int64_t d = 0; d < 64; ++d) {
-      store_element(last.data, dtype, d, std::numeric_limits<double>::infinity());
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const std::int64_t length : {20, 32}) {
+      for (const std::int64_t kv_heads : {2, 4}) {
+        DecodeOptions options;
+        options.dtype = dtype;
+        options.kv_heads = kv_heads;
+        options.head_dim = options.value_dim = 32 * kv_heads;
+        options.sequences = {{4, length}};
+        SCOPED_TRACE(options.to_string());
+        for_each_way([&] { expect_infinite_value_kept_out(options); });
+      }
     }
-    HostTensor o(dtype, Shape{4, 4, 64}, {0, 1, 2}, 0);
-    decode_forward({problem, {}, o.view(), {}, {}}, "cpu");
-    const std::vector<double> found = o.values();
-    const double tolerance = dtype == DType::f32 ? 1e-5 : 0x1p-7;
-    for (std::size_t i = 0; i < 3 * 4 * 64; ++i) ASSERT_NEAR(found[i], expected.o[i], tolerance);
-    EXPECT_FALSE(std::isfinite(found[3 * 4 * 64])) << found[3 * 4 * 64];
   }
 }
 
