@@ -220,7 +220,8 @@ class PairQuads : protected DecodeQuads<Rows> {
     HWY_UNROLL(4)
     for (int i = 1; i < kWeightVectors; ++i) largest = hn::Max(largest, p[i]);
     const FloatVec most = hn::Add(max, hn::Set(d, kMostAbove));
-    if (!hn::AllFalse(d, hn::Gt(largest, most))) max = raise_max(quad, largest);
+    // Raised by a NaN too: a row of nothing else would look like one without keys.
+    if (!hn::AllTrue(d, hn::Le(largest, most))) max = raise_max(quad, largest);
     const FloatVec log2e = hn::Set(d, kLog2E);
     const FloatVec base2 = base2_max(max);
     FloatVec sum = hn::Load(d, quad.sum);

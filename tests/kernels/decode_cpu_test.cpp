@@ -312,6 +312,44 @@ TEST(DecodeCpu, KeepsInfiniteValuesOfMaskedKeysOut) {
   }
 }
 
+// All scores of the row are NaN, the maximum of each of its parts too: merged or not, the row is.
+void expect_nan_of_query_in_its_row(const DecodeOptions& options) {
+  const auto decode = [&](const DecodeCase& of) {
+    HostTensor o(options.dtype, Shape{1, options.q_heads, options.value_dim}, {0, 1, 2}, 0);
+    const PagedCache cache = of.paged({}, 16, test_seed());
+    decode_forward({cache.problem(of, {}), {}, o.view(), {}, {}}, "cpu");
+    return o.values();
+  };
+  DecodeCase with_nan(options, test_seed());
+  const std::vector<double> clean = decode(with_nan);
+  std::vector<double> values = with_nan.q.values();
+  values[static_cast<std::size_t>(options.head_dim)] = std::nan("");  // of head 1
+  with_nan.q.fill(values);
+  const std::vector<double> found = decode(with_nan);
+  const double tolerance = options.dtype == DType::f32 ? 1e-5 : 0x1p-7;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    if (static_cast<std::int64_t>(i) / options.value_dim == 1) {
+      ASSERT_TRUE(std::isnan(found[i])) << i << " " << found[i];
+    } else {
+      ASSERT_NEAR(found[i], clean[i], tolerance) << i;
+    }
+  }
+}
+
+TEST(DecodeCpu, KeepsTheNanOfAQueryInItsRow) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const std::int64_t kv_heads : {2, 4}) {
+      DecodeOptions options;
+      options.dtype = dtype;
+      options.kv_heads = kv_heads;
+      options.head_dim = options.value_dim = 32 * kv_heads;
+      options.sequences = {{1, 700}};
+      SCOPED_TRACE(options.to_string());
+      for_each_way([&] { expect_nan_of_query_in_its_row(options); });
+    }
+  }
+}
+
 TEST(DecodeCpu, LeavesRowsOfNoSequenceAlone) {
   DecodeOptions options;
   options.sequences = {{1, 9}, {2, 12}};
