@@ -150,6 +150,21 @@ TEST(CpuSplitKeys, ResumesACarriedStateAndFoldsSinksOnce) {
   EXPECT_LT(max_difference(o.values(), reference.o), 2e-6);
 }
 
+TEST(CpuSplitKeys, MatchTheReferenceUnderASoftCap) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const bool masked : {false, true}) {
+      Case c(dtype, Shape{2, 2, 4, 64}, Shape{2, 300, 2, 64}, masked ? causal() : AttentionMask{},
+             19);
+      c.problem.soft_cap = 0.5F;
+      const Output ours = forward(c, "cpu");
+      const Output reference = forward(c, "reference");
+      const double tolerance = dtype == DType::f32 ? 2e-6 : 1e-3;
+      EXPECT_LE(max_difference(ours.o, reference.o), tolerance) << name(dtype) << " " << masked;
+      EXPECT_LE(max_difference(ours.log_sum_exp, reference.log_sum_exp), 1e-5) << name(dtype);
+    }
+  }
+}
+
 // The last key is seen by the last query alone; its infinite value must not reach the other one.
 TEST(CpuSplitKeys, KeepInfiniteValuesOfMaskedKeysOut) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -364,18 +379,67 @@ TEST(CpuGradients, OfRowsWithoutWeightsAreZero) {
   }
 }
 
-// A head with a sink of −∞, and a row of it without keys.
+// A head with a sink of −∞, and rows of it without keys.
 TEST(CpuGradients, OfNoSinkAreZero) {
   const std::vector<float> sinks{-std::numeric_limits<float>::infinity(), 1.0F};
-  HostTensor lse = output(DType::f32, Shape{1, 2, 3});
-  lse.fill({-kInfinity, 0.5, 2.0, 1.0, 1.5, 2.0});
-  HostTensor delta = output(DType::f32, Shape{1, 2, 3});
-  delta.fill({0.0, 0.25, -1.0, 0.5, 0.0, 0.0});
+  HostTensor lse = output(DType::f32, Shape{2, 2, 2});
+  lse.fill({-kInfinity, 0.5, 1.0, 1.5, 2.0, -kInfinity, 1.0, 3.0});
+  HostTensor delta = output(DType::f32, Shape{2, 2, 2});
+  delta.fill({0.0, 0.25, 0.5, 0.0, 0.25, 0.0, 2.0, 0.0});
   std::vector<float> grads(2, 0.0F);
   attention_sink_gradient(ConstTensorView(sinks.data(), DType::f32, Shape{2}),
                           std::as_const(lse).view(), std::as_const(delta).view(),
                           TensorView(grads.data(), DType::f32, Shape{2}));
-  EXPECT_EQ(grads, (std::vector<float>{0.0F, -0.5F}));
+  EXPECT_EQ(grads, (std::vector<float>{0.0F, -2.5F}));
+}
+
+std::vector<std::vector<double>> gradients(const Case& c, const HostTensor& grad_o,
+                                           std::string_view backend) {
+  HostTensor o = output(DType::f64, c.problem.q.shape);
+  HostTensor lse = output(DType::f64, c.statistic());
+  HostTensor delta = output(DType::f64, c.statistic());
+  attention_forward({c.problem, {}, ForwardCall::Start::fresh, o.view(), lse.view(), {}},
+                    "reference");
+  attention_delta(std::as_const(o).view(), grad_o.view(), delta.view());
+  HostTensor single_lse = output(DType::f32, c.statistic());
+  HostTensor single_delta = output(DType::f32, c.statistic());
+  single_lse.fill(lse.values());
+  single_delta.fill(delta.values());
+  std::vector<HostTensor> grads;
+  for (const Shape& shape : {c.problem.q.shape, c.problem.k.shape, c.problem.v.shape}) {
+    grads.push_back(output(DType::f32, shape));
+    grads.back().fill(std::vector<double>(static_cast<std::size_t>(shape.elements()), 0.0));
+  }
+  BackwardCall call;
+  call.problem = c.problem;
+  call.grad_o = grad_o.view();
+  call.log_sum_exp = std::as_const(single_lse).view();
+  call.delta = std::as_const(single_delta).view();
+  call.grad_q = grads[0].view();
+  call.grad_k = grads[1].view();
+  call.grad_v = grads[2].view();
+  attention_backward(call, backend);
+  return {grads[0].values(), grads[1].values(), grads[2].values()};
+}
+
+// Keys pass in chunks of 256 or 512; the last queries see all, the first not the last chunk.
+TEST(CpuGradients, MatchTheReferenceOverChunksOfKeys) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t dim : {64, 136}) {
+      AttentionMask mask = causal();
+      mask.window_left = 1200;
+      const Case c(dtype, Shape{1, 330, 2, dim}, Shape{1, 1300, 1, dim}, mask, 31);
+      std::mt19937_64 random(test_seed() + 32);
+      const HostTensor grad_o = normal(random, dtype, c.problem.q.shape);
+      const auto ours = gradients(c, grad_o, "cpu");
+      const auto reference = gradients(c, grad_o, "reference");
+      const double tolerance = dtype == DType::f32 ? 1e-5 : 3e-3;
+      for (std::size_t i = 0; i < 3; ++i) {
+        EXPECT_LE(max_difference(ours[i], reference[i]), tolerance)
+            << name(dtype) << " dim " << dim << " gradient " << i;
+      }
+    }
+  }
 }
 
 // The gradients of everything at once, against differences in double of the reference.
@@ -444,6 +508,27 @@ TEST(CpuGradients, MatchFiniteDifferences) {
     const double below = objective(exact, grad_values);
     moved[h] = sinks[h];
     EXPECT_NEAR(static_cast<double>(grad_sinks[h]), (above - below) / (2.0 * 0x1p-10), 2e-5) << h;
+  }
+}
+
+// A bias of −∞ leaves a row without weights, which infinite values do not change.
+TEST(CpuAttention, RowsWithoutWeightsAreZero) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Case c(dtype, Shape{1, 40, 2, 32}, Shape{1, 40, 2, 32}, {}, 33);
+    std::vector<double> values = c.v.values();
+    std::fill_n(values.begin() + 3 * 64, 64, kInfinity);
+    c.v.fill(values);
+    HostTensor bias = output(DType::f32, Shape{1, 1, 40, 40});
+    std::vector<double> biases(40 * 40, 0.0);
+    std::fill_n(biases.begin() + 7 * 40, 40, -kInfinity);
+    bias.fill(biases);
+    c.problem.bias = std::as_const(bias).view();
+    const Output found = forward(c, "cpu");
+    for (std::size_t i = 0; i < found.o.size(); ++i) {
+      const bool row_without = i / 64 == 7;
+      ASSERT_EQ(found.o[i], row_without ? 0.0 : kInfinity) << name(dtype) << " " << i;
+    }
+    for (std::size_t i = 0; i < 80; ++i) ASSERT_EQ(std::isinf(found.log_sum_exp[i]), i % 40 == 7);
   }
 }
 
