@@ -1,8 +1,9 @@
 #include "kernels/attention.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -69,17 +70,19 @@ void check_slices(const AttentionProblem& problem) {
 
 /// A place for results, or results given back, where there is one.
 void check_place(const ConstTensorView& view, std::string_view what, const Shape& shape,
-                 std::initializer_list<DType> accepted) {
+                 std::span<const DType> accepted) {
   if (!view) return;
   require(view.shape == shape &&
               std::find(accepted.begin(), accepted.end(), view.dtype) != accepted.end(),
           ExitCode::bad_data, "attention: {} is {} {}; expected {} {}", what, name(view.dtype),
-          view.shape.to_string(), name(*accepted.begin()), shape.to_string());
+          view.shape.to_string(), name(accepted.front()), shape.to_string());
 }
 
-// Statistics and states are f32, and f64 beside f64.
-DType wide(const AttentionProblem& problem) {
-  return problem.q.dtype == DType::f64 ? DType::f64 : DType::f32;
+// Statistics and states are f32, and f64 beside f64; the reference, by which the others are
+// measured, also computes in doubles beside other inputs.
+std::array<DType, 2> wide(const AttentionProblem& problem, const AttentionBackend& backend) {
+  if (problem.q.dtype == DType::f64) return {DType::f64, DType::f64};
+  return {DType::f32, backend.name == "reference" ? DType::f64 : DType::f32};
 }
 
 Shape output_shape(const AttentionProblem& problem) {
@@ -163,28 +166,30 @@ void attention_forward(const ForwardCall& call, std::string_view backend) {
           "attention: neither an output nor a state to write");
   require(call.start == ForwardCall::Start::fresh || call.state.accumulator, ExitCode::internal,
           "attention: nothing to resume from");
-  const DType statistics = wide(call.problem);
+  const AttentionBackend& chosen = select_backend(call.problem, Direction::forward, backend);
+  const std::array<DType, 2> statistics = wide(call.problem, chosen);
   check_place(call.o, "output", output_shape(call.problem),
-              {DType::f32, DType::f16, DType::bf16, statistics});
-  check_place(call.log_sum_exp, "log_sum_exp", row_shape(call.problem), {statistics});
-  check_place(call.state.accumulator, "accumulator", output_shape(call.problem), {statistics});
-  check_place(call.state.row_max, "row_max", row_shape(call.problem), {statistics});
-  check_place(call.state.row_sum, "row_sum", row_shape(call.problem), {statistics});
-  select_backend(call.problem, Direction::forward, backend).forward(call);
+              std::array{DType::f32, DType::f16, DType::bf16, statistics[1]});
+  check_place(call.log_sum_exp, "log_sum_exp", row_shape(call.problem), statistics);
+  check_place(call.state.accumulator, "accumulator", output_shape(call.problem), statistics);
+  check_place(call.state.row_max, "row_max", row_shape(call.problem), statistics);
+  check_place(call.state.row_sum, "row_sum", row_shape(call.problem), statistics);
+  chosen.forward(call);
 }
 
 void attention_backward(const BackwardCall& call, std::string_view backend) {
   validate(call.problem);
-  const DType statistics = wide(call.problem);
-  check_place(call.grad_o, "grad_o", output_shape(call.problem), {call.problem.q.dtype});
-  check_place(call.o, "output", output_shape(call.problem), {call.problem.q.dtype});
-  check_place(call.log_sum_exp, "log_sum_exp", row_shape(call.problem), {statistics});
-  check_place(call.delta, "delta", row_shape(call.problem), {statistics});
-  check_place(call.grad_q, "grad_q", call.problem.q.shape, {statistics});
-  check_place(call.grad_k, "grad_k", call.problem.k.shape, {statistics});
-  check_place(call.grad_v, "grad_v", call.problem.v.shape, {statistics});
-  check_place(call.grad_bias, "grad_bias", call.problem.bias.shape, {statistics});
   const AttentionBackend& chosen = select_backend(call.problem, Direction::backward, backend);
+  const std::array<DType, 2> statistics = wide(call.problem, chosen);
+  const std::array inputs{call.problem.q.dtype};
+  check_place(call.grad_o, "grad_o", output_shape(call.problem), inputs);
+  check_place(call.o, "output", output_shape(call.problem), inputs);
+  check_place(call.log_sum_exp, "log_sum_exp", row_shape(call.problem), statistics);
+  check_place(call.delta, "delta", row_shape(call.problem), statistics);
+  check_place(call.grad_q, "grad_q", call.problem.q.shape, statistics);
+  check_place(call.grad_k, "grad_k", call.problem.k.shape, statistics);
+  check_place(call.grad_v, "grad_v", call.problem.v.shape, statistics);
+  check_place(call.grad_bias, "grad_bias", call.problem.bias.shape, statistics);
   if (call.overwrites_kv && !chosen.overwrites_kv) {
     clear(call.grad_k, call.stream);
     clear(call.grad_v, call.stream);
