@@ -51,6 +51,8 @@ struct ReadyWords {
   std::uint32_t value;
 };
 ReadyWords next_ready_words();
+/// Lets a kernel end that waits for what will not come: all words get their value, behind nothing.
+void release_words(const ReadyWords& ready) noexcept;
 /// A stream of this thread that runs beside all others.
 Stream side_stream();
 /// `later` goes on when all that `earlier` holds now is done.

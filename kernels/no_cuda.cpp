@@ -45,6 +45,7 @@ void forward_segments(const ForwardCall& /*call*/, std::span<const KvSegment> /*
   absent();
 }
 ReadyWords next_ready_words() { absent(); }
+void release_words(const ReadyWords& /*ready*/) noexcept {}
 Stream side_stream() { absent(); }
 void order(Stream /*earlier*/, Stream /*later*/) { absent(); }
 void write_word(std::uint32_t* /*word*/, std::uint32_t /*value*/, Stream /*stream*/) { absent(); }

@@ -1,8 +1,10 @@
 #include "runtime/peer_communicator.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <map>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -56,6 +58,15 @@ std::map<int, std::vector<Message>> by_peer(const std::vector<Message>& messages
   return groups;
 }
 
+/// A launch returns when its kernel is done, at the user's wish.
+bool launches_wait() {
+  static const bool wait = [] {
+    const char* const value = std::getenv("CUDA_LAUNCH_BLOCKING");
+    return value != nullptr && std::string_view(value) != "0";
+  }();
+  return wait;
+}
+
 /// The address of a filled slot on its way to the receiver.
 struct Outbound {
   SlotAddress address{};
@@ -66,6 +77,7 @@ struct Outbound {
 struct Inbound {
   int peer = 0;
   std::vector<Receive> receives;
+  PeerInbox::Expected expected{};
   SlotAddress address{};
   std::unique_ptr<Exchange> announced;
 };
@@ -75,10 +87,12 @@ class PeerExchange final : public Exchange {
   PeerExchange(PeerInbox& inbox, cudaStream_t pull_stream)
       : inbox_(inbox), pull_stream_(pull_stream), done_(cuda::make_event()) {}
 
-  void announce(Communicator& host, const PeerSlot& slot, std::int64_t bytes) {
+  void announce(Communicator& host, const PeerSlot& slot, std::int64_t bytes,
+                std::int64_t promised) {
     outbound_.push_back(std::make_unique<Outbound>());
     Outbound& to = *outbound_.back();
     to.address = slot.address(bytes);
+    to.address.promised = promised;
     const Send send{slot.peer(), &to.address, sizeof(to.address)};
     to.announced = host.exchange({&send, 1}, {});
   }
@@ -88,6 +102,7 @@ class PeerExchange final : public Exchange {
     Inbound& from = *inbound_.back();
     from.peer = peer;
     from.receives = std::move(receives);
+    from.expected = inbox_.expect(peer, packed_bytes(from.receives));
     const Receive receive{peer, &from.address, sizeof(from.address)};
     from.announced = host.exchange({}, {&receive, 1});
   }
@@ -117,12 +132,19 @@ class PeerExchange final : public Exchange {
     ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.handle), done_.get()));
   }
 
+  bool may_follow_kernel() const override {
+    return far_ == nullptr && !launches_wait() &&
+           std::all_of(inbound_.begin(), inbound_.end(), [](const std::unique_ptr<Inbound>& from) {
+             return from->expected.mapped;  // to map a slot may take as long as a kernel runs
+           });
+  }
+
  private:
   void pull(const Inbound& from) {
     require(from.address.bytes == packed_bytes(from.receives), ExitCode::peer,
             "exchange: expected {} bytes from rank {}, got {}", packed_bytes(from.receives),
             from.peer, from.address.bytes);
-    const MappedSlot& slot = inbox_.open(from.peer, from.address);
+    const MappedSlot& slot = inbox_.open(from.peer, from.expected, from.address);
     ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(pull_stream_, slot.full()));
     const std::byte* data = slot.data();
     for (std::size_t i = 0; i < from.receives.size();) {
@@ -131,7 +153,7 @@ class PeerExchange final : public Exchange {
       cuda::copy_by_engine(to, data, static_cast<std::size_t>(piece), pull_stream_);
       data += aligned(piece);
     }
-    inbox_.give_back(from.peer, from.address, pull_stream_);
+    inbox_.give_back(from.peer, from.address, slot, pull_stream_);
   }
 
   void record_done() {
@@ -152,14 +174,16 @@ class PeerExchange final : public Exchange {
 /// Where the ranks' devices are: copies within a device may need multiprocessors, those between
 /// devices never do; memory of the same device is read as if it were one's own.
 struct Placement {
-  Placement(Communicator& host, bool has_far) {
+  Placement(Communicator& host, PeerDevices devices, bool has_far) {
     const cuda::DeviceIdentity mine = cuda::device_identity();
     std::vector<cuda::DeviceIdentity> all(static_cast<std::size_t>(host.size()));
     host.all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
     std::sort(all.begin(), all.end());
     if (has_far) return;
-    if (all.front() == all.back()) reach = Communicator::Reach::everybody;
-    if (std::adjacent_find(all.begin(), all.end()) == all.end()) {
+    const bool apart =
+        devices == PeerDevices::apart || std::adjacent_find(all.begin(), all.end()) == all.end();
+    if (all.front() == all.back() && !apart) reach = Communicator::Reach::everybody;
+    if (apart) {
       carrier = Communicator::Carrier::copy_engine;
     }
   }
@@ -169,11 +193,11 @@ struct Placement {
 
 class PeerCommunicator final : public Communicator {
  public:
-  static std::unique_ptr<Communicator> make(std::unique_ptr<Communicator> host,
+  static std::unique_ptr<Communicator> make(std::unique_ptr<Communicator> host, PeerDevices devices,
                                             std::unique_ptr<Communicator> far) {
-    const Placement placement(*host, far != nullptr);
+    const Placement placement(*host, devices, far != nullptr);
     return std::unique_ptr<Communicator>(
-        new PeerCommunicator(placement, std::move(host), std::move(far)));
+        new PeerCommunicator(placement, devices, std::move(host), std::move(far)));
   }
   ~PeerCommunicator() override { release(); }
 
@@ -182,7 +206,7 @@ class PeerCommunicator final : public Communicator {
   std::unique_ptr<Communicator> split(int color, int key) override {
     std::unique_ptr<Communicator> far;
     if (far_ != nullptr) far = far_->split(color, key);
-    return make(host_->split(color, key), std::move(far));
+    return make(host_->split(color, key), devices_, std::move(far));
   }
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override {
     host_->all_gather(mine, all);
@@ -198,15 +222,16 @@ class PeerCommunicator final : public Communicator {
                                   Stream stream) override;
 
  private:
-  PeerCommunicator(const Placement& placement, std::unique_ptr<Communicator> host,
-                   std::unique_ptr<Communicator> far)
+  PeerCommunicator(const Placement& placement, PeerDevices devices,
+                   std::unique_ptr<Communicator> host, std::unique_ptr<Communicator> far)
       : Communicator(Device::cuda, placement.carrier, placement.reach),
+        devices_(devices),
         host_(std::move(host)),
         words_(host_->split(0, host_->rank())),
         far_(std::move(far)),
         push_stream_(cuda::make_transfer_stream()),
         pull_stream_(cuda::make_transfer_stream()),
-        outbox_(*words_),
+        outbox_(*words_, carrier() == Carrier::copy_engine),
         inbox_(*words_),
         windows_(*host_) {
     const std::unique_ptr<Window> window = host_->expose(1);
@@ -216,9 +241,10 @@ class PeerCommunicator final : public Communicator {
   /// Messages of other nodes; the rest goes to `near`.
   template <typename Message>
   std::vector<Message> far_of(std::span<const Message> messages, std::vector<Message>& near) const;
-  void push(const std::vector<Send>& sends, PeerExchange& exchange);
+  void push(const std::vector<Send>& sends, cudaStream_t stream, PeerExchange& exchange);
   void release() noexcept;
 
+  PeerDevices devices_;
   std::unique_ptr<Communicator> host_;   // carries the addresses of slots
   std::unique_ptr<Communicator> words_;  // carries them back: the two are not in step
   std::unique_ptr<Communicator> far_;
@@ -256,25 +282,23 @@ std::unique_ptr<Exchange> PeerCommunicator::start(std::span<const Send> sends,
     exchange->join(far_->exchange(far_sends, far_receives, stream));
   }
   const auto caller = static_cast<cudaStream_t>(stream.handle);
-  // What is sent is written by then, and what is received into no longer read.
-  cuda::order(caller, {push_stream_.get(), pull_stream_.get()});
-  for (const auto& [peer, messages] : by_peer(near_sends)) push(messages, *exchange);
+  // Copies within a device are fast because they take multiprocessors: a kernel that holds all of
+  // them and waits for a peer, which waits for this copy, has to come after it.
+  const bool in_turn = carrier() == Carrier::copy_engine;
+  cudaStream_t packs = in_turn ? caller : push_stream_.get();
+  if (!in_turn) cuda::order(caller, {packs});
+  for (const auto& [peer, messages] : by_peer(near_sends)) push(messages, packs, *exchange);
   for (const auto& [peer, messages] : by_peer(near_receives)) {
     exchange->expect(*host_, peer, messages);
   }
-  // Copies within a device are fast because they take multiprocessors: a kernel that holds all of
-  // them and waits for a peer, which waits for this copy, has to come after it.
-  if (carrier() == Carrier::copy_engine) {
-    cuda::order(push_stream_.get(), {pull_stream_.get(), caller});
-  } else {
-    cuda::order(push_stream_.get(), {pull_stream_.get()});
-  }
+  // What is received into is no longer read by then, and what is sent has been packed.
+  cuda::order(packs, {pull_stream_.get()});
   return exchange;
 }
 
-void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchange) {
+void PeerCommunicator::push(const std::vector<Send>& sends, cudaStream_t stream,
+                            PeerExchange& exchange) {
   const std::int64_t bytes = packed_bytes(sends);
-  cudaStream_t stream = push_stream_.get();
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
   for (std::size_t i = 0; i < sends.size();) {
@@ -289,7 +313,7 @@ void PeerCommunicator::push(const std::vector<Send>& sends, PeerExchange& exchan
     data += aligned(piece);
   }
   outbox_.lend(slot, stream);
-  exchange.announce(*host_, slot, bytes);
+  exchange.announce(*host_, slot, bytes, outbox_.promise(slot.peer()));
 }
 
 /// Every rank closes its mappings before any rank frees its slots. While an exception passes, peers
@@ -316,8 +340,9 @@ void PeerCommunicator::release() noexcept {
 }  // namespace
 
 std::unique_ptr<Communicator> make_peer_communicator(Communicator& host,
-                                                     std::unique_ptr<Communicator> far) {
-  return PeerCommunicator::make(host.split(0, host.rank()), std::move(far));
+                                                     std::unique_ptr<Communicator> far,
+                                                     PeerDevices devices) {
+  return PeerCommunicator::make(host.split(0, host.rank()), devices, std::move(far));
 }
 
 }  // namespace annulus

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/check.hpp"
+#include "kernels/error.hpp"
 
 namespace annulus {
 
@@ -20,15 +21,29 @@ MappedSlot::~MappedSlot() {
   if (mapped_) cudaIpcCloseMemHandle(data_);
 }
 
-const MappedSlot& PeerInbox::open(int peer, const SlotAddress& address) {
+PeerInbox::Expected PeerInbox::expect(int peer, std::int64_t bytes) {
+  Numbers& numbers = numbers_[peer];
+  const std::int64_t number = numbers.next++;
+  return {number, numbers.last == number - 1 && bytes <= numbers.promised};
+}
+
+const MappedSlot& PeerInbox::open(int peer, const Expected& expected, const SlotAddress& address) {
+  Numbers& numbers = numbers_[peer];
+  if (expected.number > numbers.last) {
+    numbers.last = expected.number;
+    numbers.promised = address.promised;
+  }
   std::unique_ptr<MappedSlot>& slot = mapped_[{peer, address.slot}];
+  require(slot != nullptr || !expected.mapped, ExitCode::peer,
+          "exchange: message {} of rank {} lies in slot {}, which it had not lent before",
+          expected.number, peer, address.slot);
   if (slot == nullptr) slot = std::make_unique<MappedSlot>(address);
   return *slot;
 }
 
-void PeerInbox::give_back(int peer, const SlotAddress& address, cudaStream_t stream) {
+void PeerInbox::give_back(int peer, const SlotAddress& address, const MappedSlot& slot,
+                          cudaStream_t stream) {
   std::erase_if(words_, [](const std::unique_ptr<Word>& word) { return word->sent->test(); });
-  const MappedSlot& slot = open(peer, address);
   ANNULUS_CHECK_CUDA(cudaEventRecord(slot.read(), stream));
   auto word = std::make_unique<Word>();
   word->word = {address.slot, slot.read_address()};

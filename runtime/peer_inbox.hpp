@@ -38,9 +38,15 @@ class PeerInbox {
   /// `host` carries the words to the peers and nothing else.
   explicit PeerInbox(Communicator& host) : host_(host) {}
 
-  const MappedSlot& open(int peer, const SlotAddress& address);
+  /// The next message from a peer: its number, and whether `bytes` come in a slot that is mapped.
+  struct Expected {
+    std::int64_t number;
+    bool mapped;
+  };
+  Expected expect(int peer, std::int64_t bytes);
+  const MappedSlot& open(int peer, const Expected& expected, const SlotAddress& address);
   /// Tells the sender that its slot is free after what `stream` holds now.
-  void give_back(int peer, const SlotAddress& address, cudaStream_t stream);
+  void give_back(int peer, const SlotAddress& address, const MappedSlot& slot, cudaStream_t stream);
   /// Waits until all words have left.
   void drain();
   void close() { mapped_.clear(); }
@@ -53,7 +59,15 @@ class PeerInbox {
     std::unique_ptr<Exchange> sent;
   };
 
+  /// Of a peer's messages.
+  struct Numbers {
+    std::int64_t next = 0;
+    std::int64_t last = -1;     // the last one whose address came
+    std::int64_t promised = 0;  // with it
+  };
+
   Communicator& host_;
+  std::map<int, Numbers> numbers_;                                              // by peer
   std::map<std::pair<int, std::int64_t>, std::unique_ptr<MappedSlot>> mapped_;  // by peer and slot
   std::vector<std::unique_ptr<Word>> words_;                                    // under way
 };

@@ -1,11 +1,15 @@
 #include "runtime/peer_outbox.hpp"
 
+#include <utility>
+
 #include "kernels/cuda/check.hpp"
 
 namespace annulus {
 namespace {
 
 constexpr std::int64_t kLeastCapacity = 1 << 20;
+constexpr std::int64_t kShort = std::int64_t{64} << 20;  // beside what is computed with longer ones
+                                                         // the host's time does not count
 
 /// Powers of two keep the number of different sizes small.
 std::int64_t capacity_for(std::int64_t bytes) {
@@ -49,10 +53,22 @@ void PeerSlot::reclaim(cudaStream_t stream) const {
   if (read_ != nullptr) ANNULUS_CHECK_CUDA(cudaStreamWaitEvent(stream, read_->get()));
 }
 
+PeerSlot* PeerOutbox::free_slot(int peer, std::int64_t bytes) const {
+  PeerSlot* free = nullptr;
+  int fitting = 0;
+  for (const std::unique_ptr<PeerSlot>& slot : slots_) {
+    if (slot->peer() != peer || slot->capacity() < bytes) continue;
+    ++fitting;
+    if (free == nullptr && !slot->lent()) free = slot.get();
+  }
+  return promises_ && bytes <= kShort && fitting < 2 ? nullptr : free;
+}
+
 PeerSlot& PeerOutbox::take(int peer, std::int64_t bytes, cudaStream_t stream) {
   collect(peer);
-  for (const std::unique_ptr<PeerSlot>& slot : slots_) {
-    if (slot->peer() != peer || slot->lent() || slot->capacity() < bytes) continue;
+  PeerSlot* slot = std::exchange(promised_[peer], nullptr);
+  if (slot == nullptr || slot->capacity() < bytes) slot = free_slot(peer, bytes);
+  if (slot != nullptr) {
     slot->reclaim(stream);
     return *slot;
   }
@@ -67,6 +83,15 @@ void PeerOutbox::lend(PeerSlot& slot, cudaStream_t stream) {
   const Receive word{slot.peer(), &expected->word, sizeof(expected->word)};
   expected->under_way = host_.exchange({}, {&word, 1});
   expected_[slot.peer()].push_back(std::move(expected));
+}
+
+std::int64_t PeerOutbox::promise(int peer) {
+  PeerSlot*& next = promised_[peer];
+  for (const std::unique_ptr<PeerSlot>& slot : slots_) {
+    if (!promises_ || slot->peer() != peer || slot->lent() || !slot->known()) continue;
+    if (next == nullptr || next->capacity() < slot->capacity()) next = slot.get();
+  }
+  return next == nullptr ? 0 : next->capacity();
 }
 
 void PeerOutbox::accept(const SlotWord& word) {

@@ -37,6 +37,9 @@ class Exchange {
   virtual bool test() = 0;
   /// On the CPU returns when complete; on a device makes `stream` wait for it.
   virtual void wait(Stream stream = {}) = 0;
+  /// Whether wait() does nothing that may itself wait for what the device holds: then a kernel that
+  /// waits for these bytes may be queued before it. Stays as it is.
+  virtual bool may_follow_kernel() const { return false; }
 };
 
 /// Memory of this rank that peers may read in place.

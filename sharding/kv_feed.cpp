@@ -266,6 +266,12 @@ void KvFeed::record_transfer(const Stage& stage) {
                  std::move(slot.begin), std::move(end));
 }
 
+bool KvFeed::may_follow_kernel() const {
+  return !shares() && std::all_of(slots_.begin(), slots_.end(), [](const Slot& slot) {
+    return slot.exchange == nullptr || slot.exchange->may_follow_kernel();
+  });
+}
+
 void KvFeed::progress() {
   for (Slot& slot : slots_) {
     if (slot.exchange != nullptr) slot.exchange->test();

@@ -50,6 +50,8 @@ class KvFeed {
   /// Returns when they are there; on a device makes the stream wait for them.
   void wait(const Stage& stage) { wait(stage, stream_); }
   void wait(const Stage& stage, Stream stream);
+  /// Of all that is started: see Exchange. Nothing is then copied by wait() either.
+  bool may_follow_kernel() const;
   /// Moves transfers on; cheap.
   void progress();
 

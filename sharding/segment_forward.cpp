@@ -33,6 +33,22 @@ bool lies_on_one_device(const Communicator& ranks, const ExecuteOptions& options
          static_cast<std::size_t>(ranks.size()) <= kernels::cuda::kMaxSegments;
 }
 
+/// A kernel waits for rows which, when an exception passes, nobody brings any more.
+class KernelThatWaits {
+ public:
+  explicit KernelThatWaits(const kernels::cuda::ReadyWords& ready) : ready_(ready) {}
+  ~KernelThatWaits() {
+    if (waits_) kernels::cuda::release_words(ready_);
+  }
+  KernelThatWaits(const KernelThatWaits&) = delete;
+  KernelThatWaits& operator=(const KernelThatWaits&) = delete;
+  void has_all() { waits_ = false; }
+
+ private:
+  kernels::cuda::ReadyWords ready_;
+  bool waits_ = true;
+};
+
 /// Rows that others want lie in windows, where all read them: nothing arrives.
 void forward_in_place(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
                       const ExecuteOptions& options) {
@@ -82,8 +98,6 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   const kernels::cuda::ReadyWords ready = kernels::cuda::next_ready_words();
   KvFeed feed(ranks, plan, problem.k, problem.v, options, local.stream, KvFeed::Reading::stages,
               numbers);
-  const Stream side = kernels::cuda::side_stream();
-  kernels::cuda::order(local.stream, side);
   {
     const ScopedTimer timer(accounting.exposed_seconds());
     for (const Stage& stage : stages) feed.start(stage);
@@ -98,20 +112,31 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
       segments.push_back({k, v, part.slices.view(), word, ready.value});
     }
   }
-  {
-    // All copies are queued before the kernel is: it waits for no host, and no stream of theirs for
-    // it, whatever streams share of the device's queues.
-    const ScopedTimer timer(accounting.exposed_seconds());
+  const Stream side = kernels::cuda::side_stream();
+  const auto bring_rows = [&] {
     for (std::size_t i = 0; i < stages.size(); ++i) {
       if (stages[i].number == 0) continue;
       feed.wait(stages[i], side);
       kernels::cuda::write_word(ready.words + i, ready.value, side);
     }
+  };
+  // The kernel begins with this rank's own keys while the host still waits for its peers. Where the
+  // way of the rows is not known all copies are queued before it: it then waits for no host.
+  const bool kernel_first = feed.may_follow_kernel();
+  if (!kernel_first) {
+    const ScopedTimer timer(accounting.exposed_seconds());
+    bring_rows();
   }
   {
-    const ScopedTimer timer(compute_seconds(options));
+    // Ends behind the copies: what a stream holds between the kernel and them might hold them up.
     const RecordedSpan span(options.recorder, StageRecord::Kind::compute);  // all stages
-    kernels::cuda::forward_segments(local, segments);
+    KernelThatWaits kernel(ready);
+    {
+      const ScopedTimer timer(compute_seconds(options));
+      kernels::cuda::forward_segments(local, segments);
+    }
+    if (kernel_first) bring_rows();
+    kernel.has_all();
   }
   kernels::cuda::order(side, local.stream);  // the buffers end after both
   accounting.close(feed.buffer_bytes());

@@ -16,6 +16,20 @@ static_assert(kMaxSegments == static_cast<std::size_t>(sm90::kMaxSegments));
 
 cudaStream_t handle_of(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
 
+/// Of this thread's current device.
+struct Words {
+  std::uint32_t* data = nullptr;
+  std::uint32_t value = 0;
+  OwnedStream spare;  // behind which nothing is ever queued but words
+};
+
+Words& words_of_device() {
+  thread_local std::map<int, Words> all;
+  int device = 0;
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  return all[device];
+}
+
 decltype(&cuStreamWriteValue32) word_writer() {
   static const auto function = [] {
     void* entry = nullptr;
@@ -46,23 +60,26 @@ void forward_segments(const ForwardCall& call, std::span<const KvSegment> segmen
 }
 
 ReadyWords next_ready_words() {
-  // Of a plain allocation: the driver refuses to write words into those of a stream's pool.
-  struct Words {
-    std::uint32_t* data = nullptr;
-    std::uint32_t value = 0;
-  };
-  thread_local std::map<int, Words> all;
-  int device = 0;
-  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
-  Words& words = all[device];
+  Words& words = words_of_device();
   if (words.data == nullptr) {
+    // Of a plain allocation: the driver refuses to write words into those of a stream's pool.
     void* data = nullptr;
+    words.spare = make_transfer_stream();
     ANNULUS_CHECK_CUDA(cudaMalloc(&data, kMaxSegments * sizeof(std::uint32_t)));
     ANNULUS_CHECK_CUDA(cudaMemset(data, 0, kMaxSegments * sizeof(std::uint32_t)));
     ANNULUS_CHECK_CUDA(cudaDeviceSynchronize());
     words.data = static_cast<std::uint32_t*>(data);
   }
   return {words.data, ++words.value};
+}
+
+void release_words(const ReadyWords& ready) noexcept {
+  try {
+    const Stream spare{words_of_device().spare.get()};
+    for (std::size_t i = 0; i < kMaxSegments; ++i) write_word(ready.words + i, ready.value, spare);
+  } catch (const Error&) {
+    // The device has failed, and nothing waits on it any more.
+  }
 }
 
 Stream side_stream() {
