@@ -272,6 +272,7 @@ void bench_ring(Arguments arguments) {
   Rates rates =
       measure_rates(context, place, *planned.request, planned.sizes, dtype, options->repeats);
   rates.reads_in_place = rates.reads_in_place && options->in_place;
+  rates.one_device = rates.one_device && options->in_place;
   rates.one_launch = rates.one_launch && options->one_launch;
   if (chooses) planned.request = choose_scheme(*planned.request, planned.sizes, rates, true);
   const AttentionPlan plan(planned.request, context.rank());
@@ -283,11 +284,11 @@ void bench_ring(Arguments arguments) {
     const std::int64_t shards = shard_bytes(plan, planned.sizes, false);
     const std::int64_t all_shards = shard_bytes(plan, planned.sizes, true);
     print_memory(world, "forward", shards,
-                 forward_buffer_bytes(plan, planned.sizes, execute.in_place), options->repeats,
+                 forward_buffer_bytes(plan, planned.sizes, row_access(rates)), options->repeats,
                  [&] { run.forward(tensors.forward(), execute); });
     tensors.compute_delta();
     print_memory(world, "backward", all_shards,
-                 backward_buffer_bytes(plan, planned.sizes, execute.in_place), options->repeats,
+                 backward_buffer_bytes(plan, planned.sizes, row_access(rates)), options->repeats,
                  [&] { run.backward(tensors.backward(), execute); });
     return;
   }
@@ -323,9 +324,9 @@ void bench_ring(Arguments arguments) {
     write_trace(world, options->trace);
   }
   const double forward_buffer = largest(
-      world, static_cast<double>(forward_buffer_bytes(plan, planned.sizes, execute.in_place)));
+      world, static_cast<double>(forward_buffer_bytes(plan, planned.sizes, row_access(rates))));
   const double backward_buffer = largest(
-      world, static_cast<double>(backward_buffer_bytes(plan, planned.sizes, execute.in_place)));
+      world, static_cast<double>(backward_buffer_bytes(plan, planned.sizes, row_access(rates))));
   if (context.rank() != 0) return;
 
   const Simulation forward_plan = simulate(planned.request, planned.sizes, rates, Pass::forward);

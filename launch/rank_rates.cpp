@@ -187,8 +187,10 @@ Rates measure_rates(Context& context, const Place& place, const PlanRequest& req
   rates.node_ranks = context.ranks_on_node();
   rates.hides_node_transfers = place.device == Device::cuda;
   rates.reads_in_place = place.device == Device::cpu;
-  rates.one_launch = place.ranks.carrier() == Communicator::Carrier::copy_engine ||
+  rates.one_device = place.device == Device::cuda && world.size() > 1 &&
                      place.ranks.reach() == Communicator::Reach::everybody;
+  rates.one_launch =
+      place.ranks.carrier() == Communicator::Carrier::copy_engine || rates.one_device;
   return rates;
 }
 

@@ -29,6 +29,7 @@ Rates read_rates(const std::string& path) {
     rates.forward_tile_seconds = json.value("forward_tile_seconds", 0.0);
     rates.backward_tile_seconds = json.value("backward_tile_seconds", 0.0);
     rates.one_launch = json.value("one_launch", false);
+    rates.one_device = json.value("one_device", false);
     for (const double rate : {rates.forward_flops, rates.backward_flops, rates.copy_bandwidth,
                               rates.node_bandwidth, rates.network_bandwidth}) {
       require(rate > 0.0, ExitCode::bad_data, "rates: {}: a rate of {}; accepted: above 0", path,
@@ -64,7 +65,8 @@ void write_rates(const std::string& path, const Rates& rates) {
                          {"node_ranks", rates.node_ranks},
                          {"hides_node_transfers", rates.hides_node_transfers},
                          {"reads_in_place", rates.reads_in_place},
-                         {"one_launch", rates.one_launch}}
+                         {"one_launch", rates.one_launch},
+                         {"one_device", rates.one_device}}
               .dump(2)
        << '\n';
   file.close();

@@ -29,6 +29,9 @@ struct Rates {
   bool reads_in_place = false;
   /// A ring's forward pass is one launch over all stages, which carries no state between them.
   bool one_launch = false;
+  /// One device has the memory of all ranks: a ring's rows are read, and its gradients added, where
+  /// they lie. The rates are then of ranks that compute and copy at the same time.
+  bool one_device = false;
 };
 
 /// Rates to go by where none were measured: of a core of a CPU whose node shares memory, or of an

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda_support.hpp"
 #include "sharding/block_backward.hpp"
 #include "sharding/block_forward.hpp"
 #include "sharding/gradient_tree.hpp"
@@ -24,9 +25,9 @@ std::int64_t kv_buffer_bytes(std::int64_t batch, std::int64_t rows, std::int64_t
 struct BufferUse {
   bool sends = false;
   bool receives = false;
-  bool carries_state = false;  // several kernel calls for the same rows
-  int received_parities[2] = {0, 0};
-  std::int64_t shared_rows = 0;  // that lie in a window, for peers to read
+  bool carries_state = false;        // several kernel calls for the same rows
+  int received_buffers[2] = {0, 0};  // of stages with even and with odd numbers
+  std::int64_t shared_rows = 0;      // that lie in a window, for peers to read
 };
 
 // Rows that peers read, and those that the rank reads beside theirs where stages are joined.
@@ -65,7 +66,21 @@ BufferUse use_of(const AttentionPlan& plan, bool in_place, bool joined) {
     use.sends = use.sends || !stage.sends.empty();
     use.receives = use.receives || stage.buffer_rows > 0;
     if (in_place && !blocks && few_pieces(stage)) continue;
-    if (stage.buffer_rows > 0) use.received_parities[stage.number % 2] = 1;
+    if (stage.buffer_rows > 0) use.received_buffers[stage.number % 2] = 1;
+  }
+  return use;
+}
+
+// As forward_in_one_launch() does where rows arrive beside the kernel.
+bool is_one_launch(const AttentionPlan& plan) {
+  return plan.scheme() != Scheme::all_gather && plan.request().block_rows == 0 &&
+         plan.stages().size() > 1 && plan.stages().size() <= kernels::cuda::kMaxSegments;
+}
+
+BufferUse all_stages_at_once(const AttentionPlan& plan) {
+  BufferUse use;
+  for (const Stage& stage : plan.stages()) {
+    if (stage.number > 0 && stage.buffer_rows > 0) ++use.received_buffers[stage.number % 2];
   }
   return use;
 }
@@ -159,13 +174,32 @@ std::int64_t shard_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
   return bytes;
 }
 
+RowAccess row_access(const Rates& rates) {
+  return {rates.reads_in_place || rates.one_device, rates.one_launch, rates.one_device};
+}
+
+bool is_one_call_on_one_device(const AttentionPlan& plan, const AttentionSizes& sizes,
+                               bool backward) {
+  if (plan.scheme() == Scheme::all_gather || plan.request().block_rows > 0) return false;
+  if (plan.groups() == 1) return false;
+  if (!backward) return static_cast<std::size_t>(plan.groups()) <= kernels::cuda::kMaxSegments;
+  return sizes.head_dim == sizes.value_dim && few_slices(plan);
+}
+
 std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
-                                  bool in_place) {
+                                  const RowAccess& access) {
   const PlanRequest& request = plan.request();
   const std::int64_t batch = request.batch;
   const bool by_head = plan.scheme() == Scheme::all_gather;
-  const bool joined = in_place && sizes.head_dim == sizes.value_dim && joins_stages(plan);
-  const BufferUse use = use_of(plan, in_place && !by_head, joined);
+  const bool in_place = access.in_place;
+  const bool joined =
+      in_place && !access.one_device && sizes.head_dim == sizes.value_dim && joins_stages(plan);
+  BufferUse use = use_of(plan, in_place && !by_head, joined);
+  if (access.one_device && is_one_call_on_one_device(plan, sizes, false)) {
+    use = {.shared_rows = shared_rows(plan, false)};
+  } else if (!in_place && access.one_launch && is_one_launch(plan)) {
+    use = all_stages_at_once(plan);
+  }
   const std::int64_t q_rows = batch * plan.q_layout().rows(plan.group());
   const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
   std::int64_t bytes = 0;
@@ -188,7 +222,7 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
     bytes += heads * ((packs ? own : 0) + (use.receives ? remote(1) : 0));
   } else {
     bytes += kv_buffer_bytes(batch, use.shared_rows, kv_heads, sizes, sizes.element_bytes);
-    for (const int parity : {0, 1}) bytes += use.received_parities[parity] * remote(parity);
+    for (const int parity : {0, 1}) bytes += use.received_buffers[parity] * remote(parity);
   }
   if (plan.head_ranks() == 1) return bytes;
   const std::int64_t dims = sizes.head_dim + sizes.value_dim;
@@ -207,10 +241,12 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
 }
 
 std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
-                                   bool in_place) {
+                                   const RowAccess& access) {
   const PlanRequest& request = plan.request();
   const std::int64_t batch = request.batch;
   const bool by_head = plan.scheme() == Scheme::all_gather;
+  const bool in_place = access.in_place;
+  const bool in_one_call = access.one_device && is_one_call_on_one_device(plan, sizes, true);
   const BufferUse use = use_of(plan, in_place && !by_head, false);
   const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
   const std::int64_t own_rows = plan.kv_layout().rows(plan.group());
@@ -234,7 +270,8 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
       outgoing[turn] = copies(plan.group()) *
                        kv_buffer_bytes(batch, remote[turn], grad_heads, sizes, kFloatBytes);
     }
-    if (in_place && !by_head) continue;  // peers' partials are added from where they lie
+    // Peers' partials are added from where they lie; those on a device are sent.
+    if (in_place && !access.one_device && !by_head) continue;
     std::int64_t rows = 0;
     for (const Transfer& transfer : stage.sends)
       rows += copies(transfer.peer) * transfer.rows(batch);
@@ -249,10 +286,12 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
     bytes += heads * ((packs ? kv(own_rows, sizes.element_bytes) : 0) +
                       (use.receives ? kv(remote[1], sizes.element_bytes) : 0) + outgoing[1]) +
              incoming[1];
+  } else if (in_one_call) {
+    bytes += kv(shared_rows(plan, true), sizes.element_bytes) + kv(own_rows, kFloatBytes);
   } else {
     bytes += kv(use.shared_rows, sizes.element_bytes);
     for (const int parity : {0, 1}) {
-      bytes += use.received_parities[parity] * kv(remote[parity], sizes.element_bytes);
+      bytes += use.received_buffers[parity] * kv(remote[parity], sizes.element_bytes);
     }
     bytes += outgoing[0] + outgoing[1] + incoming[0] + incoming[1];
   }

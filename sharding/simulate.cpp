@@ -35,9 +35,10 @@ class RankWalk {
                                        sizes.log_sum_exp);
     timeline_.peak_memory_bytes =
         shard_bytes(plan_, sizes, backward) +
-        (backward ? backward_buffer_bytes(plan_, sizes, rates.reads_in_place)
-                  : forward_buffer_bytes(plan_, sizes, rates.reads_in_place));
+        (backward ? backward_buffer_bytes(plan_, sizes, row_access(rates))
+                  : forward_buffer_bytes(plan_, sizes, row_access(rates)));
     for (const Stage& stage : plan_.stages()) stages_[stage.number] = &stage;
+    in_place_ = rates.reads_in_place || (rates.one_device && plan_.scheme() != Scheme::all_gather);
     joined_ = reads_all_in_place();
     exchange_heads();
     clock_ = timeline_.head_exchange_seconds + share_seconds();
@@ -65,7 +66,7 @@ class RankWalk {
     timeline_.exposed_seconds += begin - clock_;
     timeline_.compute_seconds += seconds;
     clock_ = begin + seconds;
-    if (pass_ == Pass::backward && number > 0) {
+    if (pass_ == Pass::backward && number > 0 && !joined_) {
       const double behind = return_seconds(*now);
       timeline_.exposed_seconds += behind;
       clock_ += behind;
@@ -87,6 +88,10 @@ class RankWalk {
   }
 
   RankTimeline finish() {
+    if (pass_ == Pass::backward && joined_) {
+      timeline_.exposed_seconds += shared_gradient_seconds();
+      clock_ += shared_gradient_seconds();
+    }
     // What kernels cannot hide, and what goes on after the last of them.
     const double beside = timeline_.compute_seconds * (1.0 - 1.0 / head_parts_);
     const double back = heads_back_seconds_ + std::max(heads_beside_seconds_ - beside, 0.0);
@@ -108,6 +113,9 @@ class RankWalk {
 
  private:
   bool reads_all_in_place() const {
+    if (rates_.one_device) {
+      return is_one_call_on_one_device(plan_, sizes_, pass_ == Pass::backward);
+    }
     if (pass_ == Pass::backward || !rates_.reads_in_place) return false;
     if (sizes_.head_dim != sizes_.value_dim || !joins_stages(plan_)) return false;
     for (int group = 0; group < plan_.groups(); ++group) {
@@ -154,7 +162,7 @@ class RankWalk {
   // What is moved for a stage: rows that are read in place are not.
   LinkBytes received(const Stage& stage) const {
     LinkBytes bytes = row_bytes_of(stage.receives);
-    if (rates_.reads_in_place) bytes.node = 0;
+    if (in_place_) bytes.node = 0;
     return bytes;
   }
 
@@ -174,12 +182,19 @@ class RankWalk {
     return seconds;
   }
 
+  std::int64_t own_kv_elements() const {
+    return plan_.request().batch * plan_.kv_layout().rows(plan_.group()) * kv_row_elements();
+  }
+
   // A window holds a copy of the rows that others read.
   double share_seconds() const {
-    if (!rates_.reads_in_place || plan_.groups() == 1) return 0.0;
-    const std::int64_t rows = plan_.request().batch * plan_.kv_layout().rows(plan_.group());
-    return static_cast<double>(rows * kv_row_elements() * sizes_.element_bytes) /
-           rates_.copy_bandwidth;
+    if (!in_place_ || plan_.groups() == 1) return 0.0;
+    return static_cast<double>(own_kv_elements() * sizes_.element_bytes) / rates_.copy_bandwidth;
+  }
+
+  // Gradients to which all ranks add where they lie: cleared, and added to this rank's own.
+  double shared_gradient_seconds() const {
+    return 2.0 * static_cast<double>(own_kv_elements() * kFloatBytes) / rates_.copy_bandwidth;
   }
 
   double compute_seconds(const Stage& stage) const {
@@ -268,6 +283,7 @@ class RankWalk {
   int head_parts_ = 1;
   double heads_back_seconds_ = 0.0;
   double heads_beside_seconds_ = 0.0;  // moving, while parts are computed
+  bool in_place_ = false;              // rows of the node are read where they lie
   bool joined_ = false;
   bool computed_ = false;  // a stage before
 };

@@ -11,6 +11,7 @@
 #include "runtime/tensor.hpp"
 #include "runtime/transport.hpp"
 #include "sharding/execution.hpp"
+#include "sharding/memory_model.hpp"
 
 // A ring's backward pass where one device has all ranks' memory: each rank adds to everybody's
 // gradients at once. Held against partials that are sent back. Needs a GPU of the Hopper
@@ -145,6 +146,9 @@ TEST(DeviceJointBackward, AddsWhatPartialsAddWhenTheyReturn) {
       const std::vector<Tensor> found = shards.backward(*devices, plan, joint);
       if (devices->reach() == Communicator::Reach::everybody) {
         EXPECT_EQ(report.bytes_sent, 0);
+        const AttentionSizes sizes{.head_dim = kDim, .value_dim = kDim};
+        EXPECT_EQ(report.buffer_bytes,
+                  backward_buffer_bytes(plan, sizes, {.in_place = true, .one_device = true}));
       }
       for (std::size_t i = 0; i < 3; ++i) {
         EXPECT_LE(largest_difference(found[i], expected[i]), 2e-4)

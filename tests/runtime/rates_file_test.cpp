@@ -26,6 +26,7 @@ class RatesFile : public testing::Test {
     rates.forward_tile_seconds = 1e-7;
     rates.backward_tile_seconds = 2e-7;
     rates.one_launch = true;
+    rates.one_device = true;
     return rates;
   }
 
@@ -54,6 +55,7 @@ TEST_F(RatesFile, ComesBackAsItWasWritten) {
   EXPECT_EQ(read.forward_tile_seconds, 1e-7);
   EXPECT_EQ(read.backward_tile_seconds, 2e-7);
   EXPECT_TRUE(read.one_launch);
+  EXPECT_TRUE(read.one_device);
 }
 
 TEST_F(RatesFile, RefusesTimesBelowZero) {

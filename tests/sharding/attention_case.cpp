@@ -113,11 +113,11 @@ class CostCheck {
     expect_bytes(plan_.forward_bytes(sizes_.head_dim, sizes_.value_dim, 4, true));
     // Sinks cost a state more where blocks are merged.
     if (plan_.request().block_rows > 0 && has_sinks_) return;
-    expect_memory(forward_buffer_bytes(plan_, sizes_, run_.execute.in_place));
+    expect_memory(forward_buffer_bytes(plan_, sizes_, {.in_place = run_.execute.in_place}));
   }
   void expect_backward() const {
     expect_bytes(plan_.backward_bytes(sizes_.head_dim, sizes_.value_dim, 4));
-    expect_memory(backward_buffer_bytes(plan_, sizes_, run_.execute.in_place));
+    expect_memory(backward_buffer_bytes(plan_, sizes_, {.in_place = run_.execute.in_place}));
   }
 
  private:

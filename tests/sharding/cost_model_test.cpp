@@ -8,6 +8,7 @@
 
 #include "sharding/attention_plan.hpp"
 #include "sharding/head_parts.hpp"
+#include "sharding/memory_model.hpp"
 #include "sharding/simulate.hpp"
 
 namespace annulus {
@@ -235,6 +236,44 @@ TEST(Simulate, ExchangesHeadsBesideKernelsButForTheFirstAndTheLastPart) {
   EXPECT_NEAR(seconds(), compute / parts + bytes / rates.node_bandwidth, 1e-6);
   rates.hides_node_transfers = false;
   EXPECT_NEAR(seconds(), compute + bytes / rates.node_bandwidth, 1e-6);
+}
+
+TEST(Simulate, ReadsAndAddsInPlaceWhereRanksShareADevice) {
+  const AttentionSizes sizes{kDim, kDim, 2, true};
+  const int ranks = 4;
+  const auto request = request_of({}, kSeq, ranks);
+  Rates rates;
+  rates.one_device = rates.one_launch = true;
+  rates.node_ranks = ranks;
+  rates.node_bandwidth = rates.latency_seconds = 1.0;  // never
+  rates.copy_bandwidth = 1e11;
+  rates.call_seconds = 1e-5;
+  const AttentionPlan plan(request, 1);
+  const std::int64_t rows = kSeq / ranks * 8 * 2 * kDim;  // elements of K and V
+  const double shared = static_cast<double>(2 * rows) / rates.copy_bandwidth;
+  const double pairs = static_cast<double>(kSeq) * kSeq / ranks;
+  const Simulation forward = simulate(request, sizes, rates, Pass::forward);
+  const double flops = 16.0 * forward_flops(1, sizes) * pairs;
+  EXPECT_NEAR(forward.seconds, shared + flops / rates.forward_flops + rates.call_seconds, 1e-9);
+  EXPECT_EQ(forward.peak_memory_bytes, shard_bytes(plan, sizes, false) + 2 * rows);
+  // Gradients of its own rows, to which others add: cleared, and added to the caller's.
+  const Simulation backward = simulate(request, sizes, rates, Pass::backward);
+  const double added = 2.0 * static_cast<double>(4 * rows) / rates.copy_bandwidth;
+  EXPECT_NEAR(backward.seconds,
+              shared + 2.5 * flops / rates.backward_flops + rates.call_seconds + added, 1e-9);
+  EXPECT_EQ(backward.peak_memory_bytes, shard_bytes(plan, sizes, true) + (2 + 4) * rows);
+}
+
+TEST(Memory, OfOneLaunchIsRoomForTheRowsOfAllStages) {
+  const AttentionSizes sizes{kDim, kDim, 2, true};
+  const int ranks = 4;
+  const auto request = request_of({}, kSeq, ranks);
+  const AttentionPlan plan(request, 0);
+  const std::int64_t stage = kSeq / ranks * 8 * 2 * kDim * 2;
+  EXPECT_EQ(forward_buffer_bytes(plan, sizes, {.one_launch = true}), (ranks - 1) * stage);
+  // By stages: two of them at a time, and the running state of the rank's rows.
+  const std::int64_t state = kSeq / ranks * 16 * (kDim + 2) * 4;
+  EXPECT_EQ(forward_buffer_bytes(plan, sizes, {}), 2 * stage + state);
 }
 
 TEST(ChooseScheme, KeepsKvOffASlowNetwork) {
