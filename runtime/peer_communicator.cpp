@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cuda/stream.hpp"
+#include "kernels/cuda/strided_copy.hpp"
 #include "kernels/cuda_support.hpp"
 #include "kernels/error.hpp"
 #include "runtime/device_window.hpp"
@@ -49,6 +50,12 @@ std::int64_t take_piece(const std::vector<Message>& messages, std::size_t& i) {
     bytes += messages[i].bytes;
   }
   return bytes;
+}
+
+void pack_rows(const Send& send, void* to, cudaStream_t stream) {
+  const Shape shape{send.rows, send.bytes / send.rows};
+  const ConstTensorView from(send.data, DType::u8, shape, {send.pitch, 1}, Device::cuda);
+  cuda::strided_copy(from, TensorView(to, DType::u8, shape, Device::cuda), stream);
 }
 
 template <typename Message>
@@ -302,6 +309,11 @@ void PeerCommunicator::push(const std::vector<Send>& sends, cudaStream_t stream,
   PeerSlot& slot = outbox_.take(sends.front().peer, bytes, stream);
   auto* data = static_cast<std::byte*>(slot.data());
   for (std::size_t i = 0; i < sends.size();) {
+    if (sends[i].rows > 1) {
+      pack_rows(sends[i], data, stream);
+      data += aligned(sends[i++].bytes);
+      continue;
+    }
     const void* const from = sends[i].data;
     const std::int64_t piece = take_piece(sends, i);
     const auto size = static_cast<std::size_t>(piece);

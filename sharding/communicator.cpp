@@ -48,6 +48,9 @@ std::unique_ptr<Exchange> Communicator::exchange(std::span<const Send> sends,
   std::vector<Send> remote_sends;
   for (const Send& send : sends) {
     check_message("send", send.peer, send.data, send.bytes, size());
+    require(send.rows == 1 || carrier_ == Carrier::copy_engine, ExitCode::internal,
+            "exchange: {} rows in one message; accepted where the copy engine moves them",
+            send.rows);
     if (send.bytes > 0) (send.peer == rank() ? own_sends : remote_sends).push_back(send);
   }
   std::vector<Receive> own_receives;

@@ -20,6 +20,10 @@ struct Send {
   /// In the allocation of the message before it to that peer: where it also follows it there, both
   /// may move at once.
   bool same_allocation = false;
+  /// Where there are several: `bytes` are rows of equal length, so many bytes apart. They arrive as
+  /// one message. Only with Carrier::copy_engine.
+  std::int64_t rows = 1;
+  std::int64_t pitch = 0;
 };
 
 struct Receive {

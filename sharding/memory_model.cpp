@@ -85,6 +85,30 @@ BufferUse all_stages_at_once(const AttentionPlan& plan) {
   return use;
 }
 
+// As forward_own_rows_in_place() does: q, k, v and O of the others' rows, and the own rows of O
+// that others computed.
+bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
+  return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
+         plan.request().block_rows == 0 &&
+         static_cast<std::size_t>(plan.head_ranks()) <= kernels::cuda::kMaxSegments;
+}
+
+std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  const std::int64_t heads = plan.q_heads_of(plan.head_rank()).size();
+  const std::int64_t kv_heads = plan.kv_heads_of(plan.head_rank()).size();
+  const std::int64_t own_rows = request.q_layout.rows(plan.rank());
+  const std::int64_t q_rows = request.q_layout.seq() - own_rows;
+  const std::int64_t kv_rows = request.kv_layout.seq() - request.kv_layout.rows(plan.rank());
+  const std::int64_t given_back = own_rows * (request.q_heads - heads);
+  std::int64_t bytes =
+      (q_rows * heads * dims + kv_rows * kv_heads * dims + given_back * sizes.value_dim) *
+      sizes.element_bytes;
+  if (sizes.log_sum_exp) bytes += (q_rows * heads + given_back) * kFloatBytes;
+  return request.batch * bytes;
+}
+
 std::int64_t own_kv_heads(const AttentionPlan& plan) {
   return plan.kv_heads_of(plan.head_rank()).size();
 }
@@ -192,6 +216,7 @@ std::int64_t forward_buffer_bytes(const AttentionPlan& plan, const AttentionSize
   const std::int64_t batch = request.batch;
   const bool by_head = plan.scheme() == Scheme::all_gather;
   const bool in_place = access.in_place;
+  if (computes_own_rows_in_place(plan, access)) return others_rows_bytes(plan, sizes);
   const bool joined =
       in_place && !access.one_device && sizes.head_dim == sizes.value_dim && joins_stages(plan);
   BufferUse use = use_of(plan, in_place && !by_head, joined);

@@ -6,20 +6,13 @@
 #include "sharding/execution_accounting.hpp"
 #include "sharding/kv_feed.hpp"
 #include "sharding/stage_compute.hpp"
+#include "sharding/waiting_kernel.hpp"
 
 namespace annulus {
 namespace {
 
-/// Whether the kernel call of every stage is one with the same queries.
-bool is_uniform(const AttentionProblem& problem, const AttentionPlan& plan) {
-  return !problem.bias && !problem.dense_mask && problem.dropout.probability == 0.0F &&
-         plan.request().block_rows == 0;
-}
-
 bool applies(const AttentionPlan& plan, const ForwardCall& local, const ExecuteOptions& options) {
-  const AttentionProblem& problem = local.problem;
-  return options.one_launch && problem.q.device == Device::cuda && problem.q.shape.elements() > 0 &&
-         is_uniform(problem, plan) && kernels::cuda::takes_segments(problem, options.backend);
+  return local.problem.q.shape.elements() > 0 && may_compute_segments(plan, local.problem, options);
 }
 
 bool arrives_beside(const Communicator& ranks, const AttentionPlan& plan) {
@@ -32,22 +25,6 @@ bool lies_on_one_device(const Communicator& ranks, const ExecuteOptions& options
   return ranks.size() > 1 && ranks.reach() == Communicator::Reach::everybody && options.in_place &&
          static_cast<std::size_t>(ranks.size()) <= kernels::cuda::kMaxSegments;
 }
-
-/// A kernel waits for rows which, when an exception passes, nobody brings any more.
-class KernelThatWaits {
- public:
-  explicit KernelThatWaits(const kernels::cuda::ReadyWords& ready) : ready_(ready) {}
-  ~KernelThatWaits() {
-    if (waits_) kernels::cuda::release_words(ready_);
-  }
-  KernelThatWaits(const KernelThatWaits&) = delete;
-  KernelThatWaits& operator=(const KernelThatWaits&) = delete;
-  void has_all() { waits_ = false; }
-
- private:
-  kernels::cuda::ReadyWords ready_;
-  bool waits_ = true;
-};
 
 /// Rows that others want lie in windows, where all read them: nothing arrives.
 void forward_in_place(Communicator& ranks, const AttentionPlan& plan, const ForwardCall& local,
@@ -130,7 +107,7 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   {
     // Ends behind the copies: what a stream holds between the kernel and them might hold them up.
     const RecordedSpan span(options.recorder, StageRecord::Kind::compute);  // all stages
-    KernelThatWaits kernel(ready);
+    WaitingKernel kernel(ready);
     {
       const ScopedTimer timer(compute_seconds(options));
       kernels::cuda::forward_segments(local, segments);

@@ -15,6 +15,7 @@
 #include "runtime/peer_communicator.hpp"
 #include "runtime/tensor.hpp"
 #include "sharding/execution.hpp"
+#include "sharding/memory_model.hpp"
 
 // A ring's forward pass in one launch, which may begin before its peers do; ranks that share a
 // device behave as if each had its own. Needs a GPU of the Hopper generation:
@@ -24,6 +25,8 @@ namespace {
 
 constexpr std::int64_t kDim = 64;
 constexpr std::int64_t kRows = 256;  // of a rank: few thread blocks, which leave the others room
+
+constexpr AttentionSizes kSizes{.head_dim = kDim, .value_dim = kDim};
 
 void randomize(const TensorView& values, std::uint64_t seed) {
   Tensor host(DType::f32, values.shape);
@@ -48,13 +51,15 @@ double largest_difference(const Tensor& a, const Tensor& b) {
   return largest;
 }
 
-std::shared_ptr<PlanRequest> request_of(int ranks, const AttentionMask& mask) {
+std::shared_ptr<PlanRequest> request_of(int ranks, const AttentionMask& mask,
+                                        Scheme scheme = Scheme::ring) {
   auto request = std::make_shared<PlanRequest>();
+  request->scheme = scheme;
   const std::int64_t seq = kRows * ranks;
   request->q_layout = request->kv_layout = SequenceLayout::zigzag(seq, ranks);
   request->mask = make_slices(mask, 1, seq, seq);
   request->batch = 1;
-  request->q_heads = 4;
+  request->q_heads = scheme == Scheme::ring ? 4 : 8;
   request->kv_heads = 2;
   return request;
 }
@@ -72,7 +77,9 @@ class Rows {
       : q_(DType::bf16, {1, kRows, request.q_heads, kDim}, Device::cuda),
         k_(DType::bf16, {1, kRows, request.kv_heads, kDim}, Device::cuda),
         v_(DType::bf16, k_.shape(), Device::cuda),
-        o_(DType::bf16, q_.shape(), Device::cuda) {}
+        o_(DType::bf16, q_.shape(), Device::cuda),
+        lse_(DType::f32, {1, request.q_heads, kRows}, Device::cuda) {}
+  const Tensor& log_sum_exp() const { return lse_; }
 
   void change(std::uint64_t seed) {
     randomize(q_.view(), seed);
@@ -81,18 +88,20 @@ class Rows {
   }
   Tensor forward(Communicator& ranks, const AttentionPlan& plan, const ExecuteOptions& options) {
     fill_bytes(o_.view().data, Device::cuda, 0xff, o_.shape().elements() * 2);
+    fill_bytes(lse_.view().data, Device::cuda, 0xff, lse_.shape().elements() * 4);
     ForwardCall call;
     call.problem.q = q_.view();
     call.problem.k = k_.view();
     call.problem.v = v_.view();
     call.problem.scale = 1.0F / std::sqrt(static_cast<float>(kDim));
     call.o = o_.view();
+    call.log_sum_exp = lse_.view();
     execute_forward(ranks, plan, call, options);
     return Tensor::copy_of(o_.view(), DType::f32, Device::cpu);
   }
 
  private:
-  Tensor q_, k_, v_, o_;
+  Tensor q_, k_, v_, o_, lse_;
 };
 
 class DeviceOneLaunch : public ::testing::Test {
@@ -111,23 +120,32 @@ class DeviceOneLaunch : public ::testing::Test {
   std::unique_ptr<Communicator> ranks_;
 };
 
-TEST_F(DeviceOneLaunch, ComesToWhatStagesComeTo) {
+TEST_F(DeviceOneLaunch, ComesToWhatStagesAndPartsComeTo) {
   AttentionMask window = causal_mask();
   window.window_left = 150;
   ExecuteOptions by_stages;
   by_stages.one_launch = false;
   std::mt19937 random(static_cast<unsigned>(ranks().rank()));
   std::uint64_t seed = static_cast<std::uint64_t>(ranks().rank()) * 100000;
-  for (const AttentionMask& mask : {causal_mask(), AttentionMask(), window}) {
-    const auto request = request_of(ranks().size(), mask);
-    const AttentionPlan plan(request, ranks().rank());
-    Rows rows(*request);
-    for (int call = 0; call < 8; ++call) {
-      rows.change(++seed);
-      std::this_thread::sleep_for(std::chrono::milliseconds(random() % 3 * 5));
-      const Tensor found = rows.forward(ranks(), plan, {});
-      const Tensor expected = rows.forward(ranks(), plan, by_stages);
-      EXPECT_LE(largest_difference(found, expected), 0x1p-7) << "call " << call;
+  for (const Scheme scheme : {Scheme::ring, Scheme::ulysses}) {
+    for (const AttentionMask& mask : {causal_mask(), AttentionMask(), window}) {
+      const auto request = request_of(ranks().size(), mask, scheme);
+      const AttentionPlan plan(request, ranks().rank());
+      Rows rows(*request);
+      for (int call = 0; call < 8; ++call) {
+        rows.change(++seed);
+        std::this_thread::sleep_for(std::chrono::milliseconds(random() % 3 * 5));
+        ExecutionReport report;
+        ExecuteOptions at_once;
+        at_once.report = &report;
+        const Tensor found = rows.forward(ranks(), plan, at_once);
+        EXPECT_EQ(report.buffer_bytes, forward_buffer_bytes(plan, kSizes, {.one_launch = true}));
+        const Tensor found_lse = Tensor::copy_of(rows.log_sum_exp().view(), {}, Device::cpu);
+        const Tensor expected = rows.forward(ranks(), plan, by_stages);
+        EXPECT_LE(largest_difference(found, expected), 0x1p-7) << name(scheme) << ", call " << call;
+        EXPECT_LE(largest_difference(found_lse, rows.log_sum_exp()), 1e-5)
+            << name(scheme) << ", call " << call;
+      }
     }
   }
 }
