@@ -131,8 +131,12 @@ TEST(Refusal, OutputsThatAreNoFloats) {
 }
 
 TEST(Refusal, MetadataWithoutAContext) {
-  expect_within(Rank::refusal([] { static_cast<void>(OperationRegistry::create("ring", {})); }),
-                "metadata without a context");
+  expect_within(
+      Rank::refusal([] {
+        static_cast<void>(OperationRegistry::create(
+            "ring", {.mesh = Mesh::parse("sp=1", 1), .partition_manager = PartitionManager()}));
+      }),
+      "metadata without a context");
 }
 
 TEST(Refusal, RootsThatDifferAmongRanks) {
