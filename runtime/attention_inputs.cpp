@@ -7,25 +7,6 @@
 namespace annulus {
 namespace {
 
-/// Extents as [batch, seq, heads, dim].
-Shape in_bthd(const DistributedTensor& tensor, DimOrder order, std::string_view what) {
-  require(static_cast<bool>(tensor), ExitCode::usage, "attention: {} is absent", what);
-  const Shape& shape = tensor.global_shape();
-  const int rank = order == DimOrder::thd ? 3 : 4;
-  require(shape.rank() == rank, ExitCode::bad_data,
-          "attention: {} {} has not the {} dimensions of {}", what, shape.to_string(), rank,
-          name(order));
-  switch (order) {
-    case DimOrder::thd:
-      return {1, shape[0], shape[1], shape[2]};
-    case DimOrder::bhtd:
-      return {shape[0], shape[2], shape[1], shape[3]};
-    case DimOrder::bthd:
-      break;
-  }
-  return shape;
-}
-
 /// A bias or dense mask over all pairs.
 Shape pair_shape(const DistributedTensor* tensor, const AttentionShape& shape,
                  std::string_view what) {
@@ -51,6 +32,24 @@ Shape sinks_shape(const DistributedTensor* tensor, const AttentionShape& shape) 
 }
 
 }  // namespace
+
+Shape bthd_shape(const DistributedTensor& tensor, DimOrder order, std::string_view what) {
+  require(static_cast<bool>(tensor), ExitCode::usage, "attention: {} is absent", what);
+  const Shape& shape = tensor.global_shape();
+  const int rank = order == DimOrder::thd ? 3 : 4;
+  require(shape.rank() == rank, ExitCode::bad_data,
+          "attention: {} {} has not the {} dimensions of {}", what, shape.to_string(), rank,
+          name(order));
+  switch (order) {
+    case DimOrder::thd:
+      return {1, shape[0], shape[1], shape[2]};
+    case DimOrder::bhtd:
+      return {shape[0], shape[2], shape[1], shape[3]};
+    case DimOrder::bthd:
+      break;
+  }
+  return shape;
+}
 
 void check_tensor(const DistributedTensor* tensor, std::string_view what, const Mesh& mesh,
                   bool flags) {
@@ -81,9 +80,9 @@ void check_tensors(const AttentionInputs& inputs, const Mesh& mesh) {
 }
 
 AttentionShape shape_of(const AttentionInputs& inputs, DimOrder order) {
-  const Shape q = in_bthd(inputs.query, order, "query");
-  const Shape k = in_bthd(inputs.key, order, "key");
-  const Shape v = in_bthd(inputs.value, order, "value");
+  const Shape q = bthd_shape(inputs.query, order, "query");
+  const Shape k = bthd_shape(inputs.key, order, "key");
+  const Shape v = bthd_shape(inputs.value, order, "value");
   require(k[0] == q[0] && v[0] == q[0], ExitCode::bad_data,
           "attention: batch sizes differ: query {}, key {}, value {}", q[0], k[0], v[0]);
   require(v[1] == k[1] && v[2] == k[2], ExitCode::bad_data,

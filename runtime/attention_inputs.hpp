@@ -95,6 +95,10 @@ void check_output_dtype(const AttentionOptions& options);
 /// check_tensor() of all inputs; a dense mask is of flags.
 void check_tensors(const AttentionInputs& inputs, const Mesh& mesh);
 
+/// The extents of a tensor as [batch, seq, heads, dim]. Throws usage when it is absent, bad_data
+/// when it has not the dimensions of `order`.
+Shape bthd_shape(const DistributedTensor& tensor, DimOrder order, std::string_view what);
+
 /// Reads and checks the shapes of the inputs. Throws bad_data naming the tensor, what is expected
 /// and what was found.
 AttentionShape shape_of(const AttentionInputs& inputs, DimOrder order);

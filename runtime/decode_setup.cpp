@@ -9,24 +9,13 @@
 namespace annulus {
 namespace {
 
-Shape in_bthd(const DistributedTensor& tensor, DimOrder order, std::string_view what) {
-  require(static_cast<bool>(tensor), ExitCode::usage, "{} is absent", what);
-  const Shape& shape = tensor.global_shape();
-  const int rank = order == DimOrder::thd ? 3 : 4;
-  require(shape.rank() == rank, ExitCode::bad_data, "{} {} has not the {} dimensions of {}", what,
-          shape.to_string(), rank, name(order));
-  if (order == DimOrder::thd) return {1, shape[0], shape[1], shape[2]};
-  if (order == DimOrder::bhtd) return {shape[0], shape[2], shape[1], shape[3]};
-  return shape;
-}
-
 void check_rope(const AttentionInputs& inputs, DimOrder order, const Shape& query,
                 std::int64_t rope) {
   for (const auto& [tensor, what, heads] :
        {std::tuple(inputs.decode.query_rope, "query_rope", query[2]),
         std::tuple(inputs.decode.key_rope, "key_rope", std::int64_t{1})}) {
     require(tensor != nullptr, ExitCode::usage, "{} is absent", what);
-    const Shape found = in_bthd(*tensor, order, what);
+    const Shape found = bthd_shape(*tensor, order, what);
     const Shape wanted{query[0], query[1], heads, rope};
     require(found == wanted, ExitCode::bad_data, "{} is {}, expected {}", what, found.to_string(),
             wanted.to_string());
@@ -203,7 +192,7 @@ DecodeSetup make_decode_setup(const DecodeOperation& operation, const AttentionI
   check_tensors(inputs, operation.metadata().mesh);
   require(options.dropout.value_or(operation.metadata().dropout_prob) == 0.0F, ExitCode::usage,
           "takes no dropout");
-  Shape query = in_bthd(inputs.query, options.order, "query");
+  Shape query = bthd_shape(inputs.query, options.order, "query");
   DecodeSetup setup{
       .query = query, .mesh = operation.metadata().mesh, .axes = cache_axes(operation.metadata())};
   setup.packed = options.order == DimOrder::thd;
@@ -236,13 +225,13 @@ DecodeSetup make_decode_setup(const DecodeOperation& operation, const AttentionI
   require(operation.traits().most_rows == 0 || most <= operation.traits().most_rows,
           ExitCode::usage, "takes one query token of each sequence, not {}", most);
   if (kind != Cache::appended && kind != Cache::latent) return setup;
-  const Shape key = in_bthd(inputs.key, options.order, "key");
+  const Shape key = bthd_shape(inputs.key, options.order, "key");
   const Shape wanted{query[0], query[1], setup.kv_heads,
                      kind == Cache::latent ? setup.value_dim : query[3]};
   require(key == wanted, ExitCode::bad_data, "new keys are {}, expected {}", key.to_string(),
           wanted.to_string());
   if (kind == Cache::latent) return setup;
-  const Shape value = in_bthd(inputs.value, options.order, "value");
+  const Shape value = bthd_shape(inputs.value, options.order, "value");
   const Shape values{query[0], query[1], setup.kv_heads, setup.value_dim};
   require(value == values, ExitCode::bad_data, "new values are {}, expected {}", value.to_string(),
           values.to_string());

@@ -66,9 +66,12 @@ OperationMetadata resolve_metadata(Context& context, const OperationConfig& give
   metadata.runtime_softmax_dtype = first(given.runtime_softmax_dtype, base.runtime_softmax_dtype)
                                        .value_or(defaults.runtime_softmax_dtype);
   const AxisTuple& split = metadata.partition_manager.axis().query_length.train;
+  const auto named = first(given.sequence_axis_name, base.sequence_axis_name);
+  require(!named || mesh->has(*named), ExitCode::usage,
+          "metadata: sequence_axis_name is '{}', which mesh {} has not", named.value_or(""),
+          mesh->to_string());
   metadata.sequence_axis_name =
-      first(given.sequence_axis_name, base.sequence_axis_name)
-          .value_or(split.empty() ? defaults.sequence_axis_name : split.front());
+      named.value_or(split.empty() ? defaults.sequence_axis_name : split.front());
   // Devices have no kernels for f32.
   const Device usual = metadata.runtime_dtype == DType::f32 ? Device::cpu : context.device();
   metadata.backend = first(given.backend, base.backend).value_or(std::string(name(usual)));

@@ -137,11 +137,14 @@ TEST(OperationMetadata, RefusesWhatCannotBe) {
     EXPECT_EQ(
         error_of([&] { resolve_metadata(context, {.runtime_dtype = DType::f64, .mesh = mesh}); }),
         "metadata: runtime_dtype f64 is not f32, f16 or bf16");
+    EXPECT_EQ(
+        error_of([&] { resolve_metadata(context, {.sequence_axis_name = "cp", .mesh = mesh}); }),
+        "metadata: sequence_axis_name is 'cp', which mesh " + mesh.to_string() + " has not");
     EXPECT_NE(error_of([&] {
-                resolve_metadata(
-                    context,
-                    {.sequence_axis_name = "cp", .partition_axis = PartitionAxis{}, .mesh = mesh});
-              }).find("sequence_axis_name is 'cp'"),
+                resolve_metadata(context, {.sequence_axis_name = "cp",
+                                           .partition_axis = PartitionAxis{},
+                                           .mesh = Mesh({{"cp", 1}}, 1)});
+              }).find("sequence_axis_name is 'cp' but the partition axis"),
               std::string::npos);
   });
 }
