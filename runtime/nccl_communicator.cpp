@@ -3,15 +3,15 @@
 #include <nccl.h>
 
 #include <algorithm>
-#include <array>
-#include <chrono>
+#include <atomic>
 #include <cstdlib>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -46,26 +46,19 @@ double timeout_seconds() {
   return timeout > 0.0 ? timeout : kTimeoutSeconds;
 }
 
-/// A non-blocking communicator's calls return at once; it is usable again when this returns.
-void settle(ncclComm_t comm, const char* call) {
-  using Seconds = std::chrono::duration<double>;
+/// Runs a call that waits for peers in a thread of its own, which is left to itself when that takes
+/// too long: the error ends the job. `call` owns what it uses.
+void wait_for_peers(const char* name, std::function<ncclResult_t()> call) {
+  const auto result = std::make_shared<std::atomic<ncclResult_t>>(ncclSuccess);
   const double timeout = timeout_seconds();
-  const auto begin = std::chrono::steady_clock::now();
-  ncclResult_t state = ncclInProgress;
-  while (state == ncclInProgress) {
-    ANNULUS_CHECK_NCCL(ncclCommGetAsyncError(comm, &state));
-    check(state, call);
-    if (state != ncclInProgress) return;
-    require(Seconds(std::chrono::steady_clock::now() - begin).count() < timeout, ExitCode::peer,
-            "nccl: {} has not ended after {} s; a peer is gone or silent", call, timeout);
-    std::this_thread::yield();
-  }
-}
-
-ncclConfig_t non_blocking() {
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 0;
-  return config;
+  int device = 0;
+  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
+  const bool ended = returns_within(timeout, [device, result, call = std::move(call)] {
+    *result = cudaSetDevice(device) == cudaSuccess ? call() : ncclUnhandledCudaError;
+  });
+  require(ended, ExitCode::peer, "nccl: {} has not ended after {} s; a peer is gone or silent",
+          name, timeout);
+  check(*result, name);
 }
 
 /// A transfer on its stream: it has begun when what was queued before is done.
@@ -84,10 +77,9 @@ class OwnedComm final : public MonitoredTransport {
   OwnedComm(const OwnedComm&) = delete;
   OwnedComm& operator=(const OwnedComm&) = delete;
 
-  ncclComm_t* out() { return &comm_; }
   ncclComm_t get() const { return comm_; }
-  /// Once it is usable.
-  void watch() {
+  void take(ncclComm_t comm) {
+    comm_ = comm;
     monitor_ = TransportMonitor::of_process();
     if (monitor_ != nullptr) monitor_->add(*this, "nccl");
   }
@@ -125,8 +117,7 @@ class OwnedComm final : public MonitoredTransport {
       ANNULUS_CHECK_NCCL(ncclCommGetAsyncError(comm_, &state));
       check(state, "communicator");
       require(std::uncaught_exceptions() == 0, ExitCode::peer, "nccl: an exception passes");
-      ANNULUS_CHECK_NCCL(ncclCommFinalize(comm_));
-      settle(comm_, "ncclCommFinalize");
+      wait_for_peers("ncclCommFinalize", [comm = comm_] { return ncclCommFinalize(comm); });
       ANNULUS_CHECK_NCCL(ncclCommDestroy(comm_));
     } catch (const Error&) {
       // An abort that hangs is left to itself: the error that led here ends the job.
@@ -178,11 +169,12 @@ class NcclCommunicator final : public Communicator {
     if (host_->rank() == 0) ANNULUS_CHECK_NCCL(ncclGetUniqueId(&mine));
     std::vector<ncclUniqueId> all(static_cast<std::size_t>(host_->size()));
     host_->all_gather(std::as_bytes(std::span(&mine, 1)), std::as_writable_bytes(std::span(all)));
-    ncclConfig_t config = non_blocking();
-    ANNULUS_CHECK_NCCL(
-        ncclCommInitRankConfig(comm_.out(), host_->size(), all.front(), host_->rank(), &config));
-    settle(comm_.get(), "ncclCommInitRankConfig");
-    comm_.watch();
+    const auto made = std::make_shared<ncclComm_t>(nullptr);
+    wait_for_peers("ncclCommInitRank",
+                   [made, size = host_->size(), id = all.front(), rank = host_->rank()] {
+                     return ncclCommInitRank(made.get(), size, id, rank);
+                   });
+    comm_.take(*made);
   }
 
   int rank() const override { return host_->rank(); }
@@ -205,36 +197,65 @@ class NcclCommunicator final : public Communicator {
     cuda::order(static_cast<cudaStream_t>(stream.handle), {stream_.get()});
     auto flight = std::make_shared<Flight>();
     ANNULUS_CHECK_CUDA(cudaEventRecord(flight->begun.get(), stream_.get()));
-    ANNULUS_CHECK_NCCL(ncclGroupStart());
-    for (const Receive& receive : receives) {
-      ANNULUS_CHECK_NCCL(ncclRecv(receive.data, static_cast<std::size_t>(receive.bytes), ncclInt8,
-                                  receive.peer, comm_.get(), stream_.get()));
+    if (connects(sends, receives)) {
+      // NCCL meets new peers here; to others it queues a kernel, and waits for nobody.
+      wait_for_peers("exchange",
+                     [comm = comm_.get(), to = stream_.get(),
+                      sends = std::vector<Send>(sends.begin(), sends.end()),
+                      receives = std::vector<Receive>(receives.begin(), receives.end())] {
+                       return queue(comm, sends, receives, to);
+                     });
+    } else {
+      check(queue(comm_.get(), sends, receives, stream_.get()), "exchange");
     }
-    for (const Send& send : sends) {
-      ANNULUS_CHECK_NCCL(ncclSend(send.data, static_cast<std::size_t>(send.bytes), ncclInt8,
-                                  send.peer, comm_.get(), stream_.get()));
-    }
-    ANNULUS_CHECK_NCCL(ncclGroupEnd());
-    settle(comm_.get(), "ncclGroupEnd");  // queued; only then may an event follow
     ANNULUS_CHECK_CUDA(cudaEventRecord(flight->done.get(), stream_.get()));
     comm_.add(flight);
     return std::make_unique<NcclExchange>(comm_.get(), std::move(flight));
   }
 
  private:
+  static ncclResult_t queue(ncclComm_t comm, std::span<const Send> sends,
+                            std::span<const Receive> receives, cudaStream_t stream) {
+    ncclResult_t result = ncclGroupStart();
+    for (const Receive& receive : receives) {
+      if (result != ncclSuccess) break;
+      result = ncclRecv(receive.data, static_cast<std::size_t>(receive.bytes), ncclInt8,
+                        receive.peer, comm, stream);
+    }
+    for (const Send& send : sends) {
+      if (result != ncclSuccess) break;
+      result = ncclSend(send.data, static_cast<std::size_t>(send.bytes), ncclInt8, send.peer, comm,
+                        stream);
+    }
+    const ncclResult_t end = ncclGroupEnd();
+    return result == ncclSuccess ? end : result;
+  }
+
+  /// Whether there are peers to which, or from which, no message went before.
+  bool connects(std::span<const Send> sends, std::span<const Receive> receives) {
+    bool any = false;
+    for (const Send& send : sends) any = sent_to_.insert(send.peer).second || any;
+    for (const Receive& receive : receives) {
+      any = received_from_.insert(receive.peer).second || any;
+    }
+    return any;
+  }
+
   NcclCommunicator(NcclCommunicator& whole, int color, int key)
       : Communicator(Device::cuda),
         host_(whole.host_->split(color, key)),
         stream_(cuda::make_transfer_stream()) {
-    ncclConfig_t config = non_blocking();
-    ANNULUS_CHECK_NCCL(ncclCommSplit(whole.comm_.get(), color, key, comm_.out(), &config));
-    settle(whole.comm_.get(), "ncclCommSplit");
-    settle(comm_.get(), "ncclCommSplit");
-    comm_.watch();
+    const auto made = std::make_shared<ncclComm_t>(nullptr);
+    wait_for_peers("ncclCommSplit", [made, comm = whole.comm_.get(), color, key] {
+      return ncclCommSplit(comm, color, key, made.get(), nullptr);
+    });
+    comm_.take(*made);
   }
 
   std::unique_ptr<Communicator> host_;
   cuda::OwnedStream stream_;
+  std::set<int> sent_to_;
+  std::set<int> received_from_;
   OwnedComm comm_;
 };
 
