@@ -111,6 +111,7 @@ void set_outputs(ForwardParams& params, const ForwardCall& call) {
       params.lse_strides = head_strides(call.log_sum_exp);
     }
   }
+  params.inputs_ready = call.chained && params.resume;
   params.plain =
       params.o != nullptr && !params.output_f32 && !params.resume && params.sinks == nullptr;
   if (call.state.accumulator) {
@@ -224,8 +225,7 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
                           ? TailCut{params.tickets, 1}
                           : cut_tail(params.tickets, work.equal_keys / variant.block, processors);
   set_pieces(params, cut, variant.warpgroups * 4, narrow(problem.value_dim()), stream);
-  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream,
-                 call.chained && params.resume);
+  variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
 }
 
 }  // namespace annulus::kernels::sm90

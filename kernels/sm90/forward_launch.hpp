@@ -15,8 +15,8 @@ struct ForwardVariant {
   bool passes_over;  // warpgroups without rows in a tile, or that see nothing of a block, go on
   int qk_columns;    // columns of a box of Q or K in shared memory
   int v_columns;
-  void (*launch)(const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream,
-                 bool early);  // begins where the launch before it ends
+  /// Begins where the launch before it ends.
+  void (*launch)(const ForwardParams& params, bool soft_cap, int blocks, cudaStream_t stream);
 };
 
 /// The variants of one pair of head dimensions for one element type.

@@ -74,6 +74,7 @@ struct ForwardParams {
   float score_scale;  // with a soft cap: scale / cap
   float exp_scale;    // log2(e) times scale, or times cap
   bool resume;        // merge the state that is there
+  bool inputs_ready;  // q, k and v may be read before the launch before this one is done
   bool output_f32;
   bool plain;   // nothing to merge: o and lse in the element type
   bool staged;  // plain, and a tile's rows are those of one head: the copy engine writes them

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "kernels/sm90/forward_scheduler.cuh"
+#include "kernels/sm90/launch_early.cuh"
 #include "kernels/sm90/tma.cuh"
 
 /// The producing thread: walks a tile's slices, feeds Q, K, V and the notes to the consumers.
@@ -13,6 +14,11 @@ class ForwardProducer {
       : params_(params), shared_(shared) {}
 
   __device__ void run() {
+    // The next launch comes early only to wait here, or where the end of a tile admits it.
+    if (!params_.inputs_ready) {
+      await_earlier_launch();
+      if (params_.o != nullptr) admit_next_launch();
+    }
     TileWork work = take_work();
     while (work.ticket < params_.tickets) {
       load_tile(work);

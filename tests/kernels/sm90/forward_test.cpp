@@ -462,6 +462,32 @@ TEST_F(Sm90, ChainsRepeatBitForBit) {
   expect_repeats(c, {{{0, c.seq_q}, {0, c.seq_kv}, {}}});
 }
 
+// Launches begin where those before end, and wait for what these write.
+TEST_F(Sm90, CallsReadWhatThoseBeforeThemWrote) {
+  constexpr int kCalls = 50;
+  std::mt19937 random(14);
+  Case c{1, 3000, 3000, 8, 8, 128, 128, DType::bf16};
+  c.wide_output = false;
+  const Problem problem(c, {{{0, c.seq_q}, {0, c.seq_kv}, {-kUnbounded, 0}}}, random);
+  const DeviceFloats other(problem.o_shape, c.dtype);
+  const auto run_all = [&](bool apart) {
+    ForwardCall call = problem.on_device();
+    for (int i = 0; i < kCalls; ++i) {
+      attention_forward(call, "sm90");
+      if (apart) cudaDeviceSynchronize();
+      call.problem.q = call.o;
+      call.o = i % 2 == 0 ? other.view() : problem.o.view();
+    }
+  };
+  run_all(true);
+  const std::vector<float> expected = other.fetched();
+  for (int repeat = 0; repeat < 10; ++repeat) {
+    fill_bytes(other.memory.data(), Device::cuda, 0xff, other.memory.bytes());
+    run_all(false);
+    ASSERT_EQ(other.fetched(), expected) << "repeat " << repeat;
+  }
+}
+
 TEST_F(Sm90, NamesWhatItDoesNotSupport) {
   std::mt19937 random(6);
   const Case c{1, 64, 64, 2, 2, 64, 64, DType::bf16};
