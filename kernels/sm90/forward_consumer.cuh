@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/sm90/forward_epilogue.cuh"
 #include "kernels/sm90/forward_rescore.cuh"
 
@@ -12,6 +14,28 @@
 namespace annulus::kernels::sm90 {
 
 inline constexpr int kFirstTurnBarrier = 1;
+
+/// Position in a ring of barriers by one number, for loops that are short of registers.
+template <int kSize>
+struct TurnCount {
+  static_assert((kSize & (kSize - 1)) == 0);
+  unsigned turns = 0;
+
+  __device__ unsigned index() const { return turns % kSize; }
+  __device__ std::uint32_t parity() const { return turns / kSize % 2; }
+  __device__ TurnCount before() const { return {turns - 1}; }
+  __device__ void advance() { ++turns; }
+};
+
+/// The same, ready to use.
+template <int kSize>
+struct TurnPlace {
+  Ring<kSize> ring;
+
+  __device__ int index() const { return ring.index; }
+  __device__ std::uint32_t parity() const { return ring.parity; }
+  __device__ void advance() { ring.advance(); }
+};
 
 template <typename Tile, bool kSoftCap>
 class ForwardConsumer {
@@ -36,6 +60,13 @@ class ForwardConsumer {
 
  private:
   static constexpr int kTurnThreads = 256;
+  // One number for each ring. At 64 columns, where registers suffice and blocks are short, that
+  // costs 1 to 2%.
+  static constexpr bool kCounts = Tile::kHeadDim > 64;
+  // The place of values from that of keys, and the tile to be written from the one begun.
+  static constexpr bool kDerives = kCounts && !Tile::kOverlap;
+  template <int kSize>
+  using Position = std::conditional_t<kCounts, TurnCount<kSize>, TurnPlace<kSize>>;
 
   __device__ void run_overlapped() {
     float s[Tile::kBlock / 2];
@@ -60,11 +91,12 @@ class ForwardConsumer {
           continue;
         }
       }
-      if (flags & kFirstOfTile) mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+      if (flags & kFirstOfTile)
+        mbarrier_wait(&shared_.q_full[queries().index()], queries().parity());
       await_turn();
       wgmma_fence();
       issue_scores(s);
-      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      mbarrier_wait(&shared_.v_full[values().index()], values().parity());
       if (cut_) [[unlikely]]
         clear_values_after_end();
       wgmma_fence();
@@ -111,7 +143,7 @@ class ForwardConsumer {
     while ((flags & kEndOfWork) == 0) {
       const bool first = (flags & kFirstOfTile) != 0;
       if (first) {
-        mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+        mbarrier_wait(&shared_.q_full[queries().index()], queries().parity());
         rows = {};
         if constexpr (Tile::kPassesOver) flags = pass_over_unseen(flags) | kFirstOfTile;
       }
@@ -185,7 +217,7 @@ class ForwardConsumer {
   /// The scores with the keys from the block's key kFirst on.
   template <int kFirst, int kCount>
   __device__ bool look_again(float (&s)[kCount], RowStatistics& rows, float (&factor)[2]) {
-    rescore<Tile>(s, shared_.q[q_ring_.index][warpgroup_], shared_.k[k_ring_.index], kFirst);
+    rescore<Tile>(s, shared_.q[queries().index()][warpgroup_], shared_.k[k_ring_.index()], kFirst);
     return look_at_maxima(s, rows, factor);
   }
 
@@ -218,7 +250,7 @@ class ForwardConsumer {
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
     if constexpr (kPart == 0) {
-      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      mbarrier_wait(&shared_.v_full[values().index()], values().parity());
       if (cut_) [[unlikely]]
         clear_values_after_end();
     }
@@ -236,7 +268,7 @@ class ForwardConsumer {
       release_keys();
       // Only values that have come may be given back: others may still read those of the turn
       // before.
-      mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+      mbarrier_wait(&shared_.v_full[values<true>().index()], values<true>().parity());
       flags = await_keys();
       release_values();
     }
@@ -251,6 +283,22 @@ class ForwardConsumer {
                                     warpgroup_);
   }
 
+  /// Of the tile whose scores are being computed.
+  __device__ Position<Tile::kQueryBuffers> queries() const {
+    if constexpr (kCounts) return {q_tile_};
+    return q_ring_;
+  }
+
+  /// Serial loops give the keys of a block back before its values.
+  template <bool kKeysGone = false>
+  __device__ Position<Tile::kStages> values() const {
+    if constexpr (kDerives) return kKeysGone ? k_ring_.before() : k_ring_;
+    return v_ring_;
+  }
+
+  /// Whose output comes next.
+  __device__ unsigned tile() const { return kDerives ? q_tile_ - 1 : tile_; }
+
   __device__ void await_turn() {
     if constexpr (Tile::kPingPong) named_barrier_sync(kFirstTurnBarrier + warpgroup_, kTurnThreads);
   }
@@ -263,14 +311,14 @@ class ForwardConsumer {
   }
 
   __device__ int await_keys() {
-    mbarrier_wait(&shared_.k_full[k_ring_.index], k_ring_.parity);
-    return broadcast(shared_.blocks[k_ring_.index].flags);
+    mbarrier_wait(&shared_.k_full[k_ring_.index()], k_ring_.parity());
+    return broadcast(shared_.blocks[k_ring_.index()].flags);
   }
 
   /// Scores and softmax of a tile's first block, with nothing to run beside them.
   __device__ void start_tile(int flags, float (&s)[Tile::kBlock / 2],
                              std::uint32_t (&p)[Tile::kBlock / 4], RowStatistics& rows) {
-    mbarrier_wait(&shared_.q_full[q_ring_.index], q_ring_.parity);
+    mbarrier_wait(&shared_.q_full[queries().index()], queries().parity());
     wgmma_fence();
     issue_scores(s);
     wgmma_wait<0>();
@@ -285,7 +333,7 @@ class ForwardConsumer {
 
   __device__ void end_tile(float (&o)[Tile::kValueDim / 2], std::uint32_t (&p)[Tile::kBlock / 4],
                            const RowStatistics& rows, bool first_of_tile) {
-    mbarrier_wait(&shared_.v_full[v_ring_.index], v_ring_.parity);
+    mbarrier_wait(&shared_.v_full[values().index()], values().parity());
     if (cut_) [[unlikely]]
       clear_values_after_end();
     wgmma_fence();
@@ -301,10 +349,10 @@ class ForwardConsumer {
     Element* staging = nullptr;
     if constexpr (Tile::kStaging == Tile::Staging::own) staging = shared_.o[warpgroup_];
     if constexpr (Tile::kStaging == Tile::Staging::queries) {
-      staging = shared_.q[tile_ % Tile::kQueryBuffers][warpgroup_];
+      staging = shared_.q[tile() % Tile::kQueryBuffers][warpgroup_];
       keeps_queries_ = params_.staged;
     }
-    finish_tile<Tile>(params_, broadcast(shared_.tiles[tile_ % kTileNotes]), warpgroup_, o, rows,
+    finish_tile<Tile>(params_, broadcast(shared_.tiles[tile() % kTileNotes]), warpgroup_, o, rows,
                       staging);
     ++tile_;
   }
@@ -317,14 +365,14 @@ class ForwardConsumer {
         return;
       keeps_queries_ = false;
       if (threadIdx.x % 32 == 0) bulk_wait_read<0>();
-      release(&shared_.q_empty[(tile_ - 1) % Tile::kQueryBuffers]);
+      release(&shared_.q_empty[(q_tile_ - 1) % Tile::kQueryBuffers]);
     }
   }
 
   __device__ void issue_scores(float (&s)[Tile::kBlock / 2]) {
     using Layout = typename Tile::QkTile;
-    const std::uint64_t q = Layout::k_major(shared_.q[q_ring_.index][warpgroup_]);
-    const std::uint64_t k = Layout::k_major(shared_.k[k_ring_.index]);
+    const std::uint64_t q = Layout::k_major(shared_.q[queries().index()][warpgroup_]);
+    const std::uint64_t k = Layout::k_major(shared_.k[k_ring_.index()]);
 #pragma unroll
     for (int step = 0; step < Tile::kHeadDim / 16; ++step) {
       WgmmaShape<Element, Tile::kBlock>::shared(s, q + Layout::k_major_step(step, 64),
@@ -339,7 +387,7 @@ class ForwardConsumer {
   __device__ void issue_values(float (&o)[Tile::kValueDim / 2], const std::uint32_t (&p)[kCount],
                                bool accumulate) {
     using Layout = typename Tile::VTile;
-    const std::uint64_t v = Layout::n_major(shared_.v[v_ring_.index], Tile::kBlock);
+    const std::uint64_t v = Layout::n_major(shared_.v[values().index()], Tile::kBlock);
 #pragma unroll
     for (int step = 0; step < kCount / 4; ++step) {
       WgmmaShape<Element, Tile::kValueDim>::registers(
@@ -357,7 +405,7 @@ class ForwardConsumer {
     cut_ = (flags & kCutAtEnd) != 0;
     if (!masked(flags)) [[likely]]
       return;
-    const BlockNote note = broadcast(shared_.blocks[k_ring_.index]);
+    const BlockNote note = broadcast(shared_.blocks[k_ring_.index()]);
     const TileNote tile = broadcast(shared_.tiles[q_tile_ % kTileNotes]);
     const int local_row = static_cast<int>(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
     RowWindow windows[2];
@@ -375,11 +423,11 @@ class ForwardConsumer {
   /// Values behind the slice's end belong to others and may be NaN, which 0·NaN would let in.
   __device__ void clear_values_after_end() {
     constexpr int kChunks = Tile::VTile::kColumns * 2 / 16;
-    auto* values = reinterpret_cast<uint4*>(shared_.v[v_ring_.index]);
+    auto* rows = reinterpret_cast<uint4*>(shared_.v[values().index()]);
     const int chunks = (Tile::kBlock - cut_row_) * kChunks;
     for (int box = 0; box < Tile::kVBoxes; ++box) {
       for (int i = static_cast<int>(threadIdx.x % 128); i < chunks; i += 128) {
-        values[(box * Tile::kBlock + cut_row_) * kChunks + i] = make_uint4(0, 0, 0, 0);
+        rows[(box * Tile::kBlock + cut_row_) * kChunks + i] = make_uint4(0, 0, 0, 0);
       }
     }
     fence_async_shared();
@@ -393,7 +441,7 @@ class ForwardConsumer {
   }
 
   __device__ void release_keys() {
-    release(&shared_.k_empty[k_ring_.index]);
+    release(&shared_.k_empty[k_ring_.index()]);
     k_ring_.advance();
   }
 
@@ -403,14 +451,14 @@ class ForwardConsumer {
     release_staging();
     if ((flags & kLastOfTile) == 0) return;
     if (Tile::kStaging != Tile::Staging::queries || !params_.staged) {
-      release(&shared_.q_empty[q_ring_.index]);
+      release(&shared_.q_empty[queries().index()]);
     }
     q_ring_.advance();
     ++q_tile_;
   }
 
   __device__ void release_values() {
-    release(&shared_.v_empty[v_ring_.index]);
+    release(&shared_.v_empty[values<true>().index()]);
     v_ring_.advance();
   }
 
@@ -418,8 +466,8 @@ class ForwardConsumer {
   SharedTile<Tile>& shared_;
   const int warpgroup_;
   const float headroom_;  // in raw scores
-  Ring<Tile::kStages> k_ring_, v_ring_;
-  Ring<Tile::kQueryBuffers> q_ring_;
+  Position<Tile::kStages> k_ring_, v_ring_;
+  Position<Tile::kQueryBuffers> q_ring_;
   unsigned q_tile_ = 0;  // whose scores are being computed
   unsigned tile_ = 0;    // whose output comes next
   bool cut_ = false;
