@@ -83,9 +83,11 @@ class ForwardConsumer {
     while ((flags & kEndOfWork) == 0) {
       if constexpr (Tile::kQueryBuffers == 1) {
         if (flags & kFirstOfTile) {
-          end_tile(o, p, rows, first_of_tile);
+          finish_values(o, p, first_of_tile);
+          issue_first_scores(s);
+          write_tile(o, rows);  // beside them
           rows = {};
-          start_tile(flags, s, p, rows);
+          finish_first_scores(flags, s, p, rows);
           first_of_tile = true;
           flags = await_keys();
           continue;
@@ -315,12 +317,21 @@ class ForwardConsumer {
     return broadcast(shared_.blocks[k_ring_.index()].flags);
   }
 
-  /// Scores and softmax of a tile's first block, with nothing to run beside them.
+  /// Scores and softmax of a tile's first block.
   __device__ void start_tile(int flags, float (&s)[Tile::kBlock / 2],
                              std::uint32_t (&p)[Tile::kBlock / 4], RowStatistics& rows) {
+    issue_first_scores(s);
+    finish_first_scores(flags, s, p, rows);
+  }
+
+  __device__ void issue_first_scores(float (&s)[Tile::kBlock / 2]) {
     mbarrier_wait(&shared_.q_full[queries().index()], queries().parity());
     wgmma_fence();
     issue_scores(s);
+  }
+
+  __device__ void finish_first_scores(int flags, float (&s)[Tile::kBlock / 2],
+                                      std::uint32_t (&p)[Tile::kBlock / 4], RowStatistics& rows) {
     wgmma_wait<0>();
     pin_registers(s);
     prepare_scores(s, flags);
@@ -333,6 +344,12 @@ class ForwardConsumer {
 
   __device__ void end_tile(float (&o)[Tile::kValueDim / 2], std::uint32_t (&p)[Tile::kBlock / 4],
                            const RowStatistics& rows, bool first_of_tile) {
+    finish_values(o, p, first_of_tile);
+    write_tile(o, rows);
+  }
+
+  __device__ void finish_values(float (&o)[Tile::kValueDim / 2],
+                                std::uint32_t (&p)[Tile::kBlock / 4], bool first_of_tile) {
     mbarrier_wait(&shared_.v_full[values().index()], values().parity());
     if (cut_) [[unlikely]]
       clear_values_after_end();
@@ -342,7 +359,6 @@ class ForwardConsumer {
     pin_registers(o);
     pin_registers(p);
     release_values();
-    write_tile(o, rows);
   }
 
   __device__ void write_tile(float (&o)[Tile::kValueDim / 2], const RowStatistics& rows) {
