@@ -218,13 +218,15 @@ void decode_forward(const DecodeCall& call, std::string_view backend) {
   require(!call.o || call.o.shape == Shape{q[0], q[1], value_dim}, ExitCode::bad_data,
           "decode: output {} for queries {} and values of {} columns", call.o.shape.to_string(),
           q.to_string(), value_dim);
-  require(!call.o || call.o.dtype == DType::f32 || call.o.dtype == DType::f16 ||
-              call.o.dtype == DType::bf16,
-          ExitCode::bad_data, "decode: output of {}; accepted: f32, f16, bf16", name(call.o.dtype));
   require(call.o || call.state.accumulator.shape == Shape{1, q[0], q[1], value_dim},
           ExitCode::internal, "decode: neither an output nor a state of shape [1, {}, {}, {}]",
           q[0], q[1], value_dim);
-  select_backend(call.problem, backend).forward(call);
+  const DecodeBackend& chosen = select_backend(call.problem, backend);
+  const DType o = call.o ? call.o.dtype : DType::f32;
+  require(o == DType::f32 || o == DType::f16 || o == DType::bf16 ||
+              (o == DType::f64 && chosen.name == "reference"),
+          ExitCode::bad_data, "decode: output of {}; accepted: f32, f16, bf16", name(o));
+  chosen.forward(call);
 }
 
 void append_to_cache(const CacheAppend& call) {
