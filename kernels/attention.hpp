@@ -138,8 +138,8 @@ std::span<const AttentionBackend> attention_backends();
 const AttentionBackend& select_backend(const AttentionProblem& problem, Direction direction,
                                        std::string_view name = {});
 
-/// Both throw as validate() does, bad_data for results of other shapes or dtypes than said above
-/// (statistics and states may be f64 beside f64), and as select_backend().
+/// Both throw as validate() and select_backend() do, and bad_data for results of other shapes or
+/// dtypes than said above; the reference's statistics, states, gradients and output may be f64.
 void attention_forward(const ForwardCall& call, std::string_view backend = {});
 void attention_backward(const BackwardCall& call, std::string_view backend = {});
 
