@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -17,15 +16,18 @@
 #include "kernels/error.hpp"
 #include "launch/bench_ring_options.hpp"
 #include "launch/bench_row.hpp"
+#include "launch/destinations.hpp"
 #include "launch/plan_options.hpp"
 #include "launch/process_memory.hpp"
 #include "launch/rank_attention.hpp"
 #include "launch/rank_rates.hpp"
 #include "launch/report.hpp"
+#include "runtime/agreement.hpp"
 #include "runtime/context.hpp"
 #include "runtime/default_backend.hpp"
 #include "runtime/rates_file.hpp"
 #include "runtime/tensor.hpp"
+#include "runtime/text_file.hpp"
 #include "runtime/trace.hpp"
 #include "sharding/execution.hpp"
 #include "sharding/hybrid.hpp"
@@ -249,6 +251,17 @@ class PlanRunner {
   std::optional<HybridRanks> groups_;
 };
 
+// Before anything is measured, what could not be written in the end is refused.
+void check_destinations(Communicator& world, const RingOptions& options) {
+  agree(world, [&] {
+    if (world.rank() != 0) return;
+    require_distinct_files("annulus bench ring",
+                           {{"--trace", options.trace}, {"--rates-out", options.rates_out}}, {});
+    if (!options.trace.empty()) require_writable_text("trace", options.trace);
+    if (!options.rates_out.empty()) require_writable_text("rates", options.rates_out);
+  });
+}
+
 }  // namespace
 
 void bench_ring(Arguments arguments) {
@@ -256,6 +269,7 @@ void bench_ring(Arguments arguments) {
   if (!options) return;
   Context context;
   Communicator& world = context.world();
+  check_destinations(world, *options);
   options->plan.mesh = fmt::format("sp={}", context.size());
   const bool chooses = options->plan.operation == "auto";
   if (chooses) options->plan.operation = "ring";

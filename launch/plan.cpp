@@ -3,16 +3,17 @@
 #include <fmt/format.h>
 
 #include <chrono>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "kernels/error.hpp"
+#include "launch/destinations.hpp"
 #include "launch/failure.hpp"
 #include "launch/parse.hpp"
 #include "launch/plan_options.hpp"
 #include "launch/plan_svg.hpp"
 #include "launch/report.hpp"
+#include "runtime/text_file.hpp"
 #include "sharding/simulate.hpp"
 
 namespace annulus::launch {
@@ -141,19 +142,17 @@ void print_table(const PlannedAttention& planned, const Prediction& prediction,
   }
 }
 
-void write_svg(const std::string& path, const std::string& text) {
-  std::ofstream file(path);
-  file << text;
-  file.close();
-  require(file.good(), ExitCode::cannot_create, "plan: cannot write {}", path);
-}
-
 }  // namespace
 
 void show_plan(Arguments arguments) {
   const std::optional<PlanOptions> options = parse_plan_options(arguments);
   if (!options || !is_speaking_rank()) return;
   leave_peers();
+  if (!options->svg.empty()) {
+    require_distinct_files("annulus plan", {{"--svg", options->svg}},
+                           {{"--rates", options->rates}});
+    require_writable_text("plan", options->svg);
+  }
   const auto begin = std::chrono::steady_clock::now();
   const PlannedAttention planned = plan_attention(*options);
   Prediction prediction;
@@ -168,7 +167,7 @@ void show_plan(Arguments arguments) {
         fmt::format("{} over {} ranks: {} tokens, {}, {} layout", name(planned.request->scheme),
                     planned.request->q_layout.ranks(), planned.request->q_layout.seq(),
                     options->mask, options->layout);
-    write_svg(options->svg, draw_plan(title, *planned.request, prediction.forward));
+    write_text("plan", options->svg, draw_plan(title, *planned.request, prediction.forward));
   }
   if (options->json) return print_json(planned, prediction);
   print_table(planned, prediction, *options);

@@ -15,6 +15,7 @@
 
 #include "kernels/error.hpp"
 #include "launch/check_finite.hpp"
+#include "launch/destinations.hpp"
 #include "launch/input_digest.hpp"
 #include "launch/mask_input.hpp"
 #include "launch/options.hpp"
@@ -22,6 +23,7 @@
 #include "launch/report.hpp"
 #include "launch/run_input.hpp"
 #include "launch/run_output.hpp"
+#include "runtime/agreement.hpp"
 #include "runtime/checkpoint.hpp"
 #include "runtime/checkpoint_output.hpp"
 #include "runtime/context.hpp"
@@ -30,6 +32,7 @@
 #include "runtime/operation_registry.hpp"
 #include "runtime/statement.hpp"
 #include "runtime/stopwatch.hpp"
+#include "runtime/text_file.hpp"
 #include "runtime/trace.hpp"
 #include "runtime/watchdog.hpp"
 #include "sharding/mesh.hpp"
@@ -178,14 +181,27 @@ void agree_on_options(Context& context, const RunOptions& options) {
   static_cast<void>(statement.agree(context.world()));
 }
 
+// Before anything is computed, what could not be written in the end is refused, and what would take
+// the place of an input.
+void check_destinations(Context& context, const RunOptions& options) {
+  agree(context.world(), [&] {
+    if (context.rank() != 0) return;
+    require_distinct_files("annulus run",
+                           {{"--output", options.output}, {"--trace", options.trace}},
+                           {{"--input", options.input.path}, {"--rates", options.rates}});
+    if (!options.trace.empty()) require_writable_text("trace", options.trace);
+  });
+  if (!options.output.empty()) {
+    require_writable_output(context.world(), options.output, options.force);
+  }
+}
+
 Report run(Context& context, const RunOptions& options) {
   agree_on_options(context, options);
   const ProgressBar progress(context.rank() == 0 && !options.json);
   const Mesh mesh = mesh_of(options, context.size());
   static_cast<void>(OperationRegistry::get(options.operation));  // refused before files are read
-  if (!options.output.empty()) {
-    require_writable_output(context.world(), options.output, options.force);
-  }
+  check_destinations(context, options);
   operation_log().enter_phase("reading");
   const Checkpoint checkpoint(context.world(), options.input);
   const AttentionShape shape = attention_shape(checkpoint);

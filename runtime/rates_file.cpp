@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/error.hpp"
+#include "runtime/text_file.hpp"
 
 namespace annulus {
 
@@ -51,26 +52,22 @@ Rates read_rates(const std::string& path) {
 }
 
 void write_rates(const std::string& path, const Rates& rates) {
-  std::ofstream file(path);
-  file << nlohmann::json{{"forward_flops", rates.forward_flops},
-                         {"backward_flops", rates.backward_flops},
-                         {"tile_rows", rates.tile_rows},
-                         {"forward_tile_seconds", rates.forward_tile_seconds},
-                         {"backward_tile_seconds", rates.backward_tile_seconds},
-                         {"copy_bandwidth", rates.copy_bandwidth},
-                         {"node_bandwidth", rates.node_bandwidth},
-                         {"network_bandwidth", rates.network_bandwidth},
-                         {"latency_seconds", rates.latency_seconds},
-                         {"call_seconds", rates.call_seconds},
-                         {"node_ranks", rates.node_ranks},
-                         {"hides_node_transfers", rates.hides_node_transfers},
-                         {"reads_in_place", rates.reads_in_place},
-                         {"one_launch", rates.one_launch},
-                         {"one_device", rates.one_device}}
-              .dump(2)
-       << '\n';
-  file.close();
-  require(file.good(), ExitCode::cannot_create, "rates: cannot write {}", path);
+  const nlohmann::json json{{"forward_flops", rates.forward_flops},
+                            {"backward_flops", rates.backward_flops},
+                            {"tile_rows", rates.tile_rows},
+                            {"forward_tile_seconds", rates.forward_tile_seconds},
+                            {"backward_tile_seconds", rates.backward_tile_seconds},
+                            {"copy_bandwidth", rates.copy_bandwidth},
+                            {"node_bandwidth", rates.node_bandwidth},
+                            {"network_bandwidth", rates.network_bandwidth},
+                            {"latency_seconds", rates.latency_seconds},
+                            {"call_seconds", rates.call_seconds},
+                            {"node_ranks", rates.node_ranks},
+                            {"hides_node_transfers", rates.hides_node_transfers},
+                            {"reads_in_place", rates.reads_in_place},
+                            {"one_launch", rates.one_launch},
+                            {"one_device", rates.one_device}};
+  write_text("rates", path, json.dump(2) + '\n');
 }
 
 }  // namespace annulus

@@ -1,14 +1,16 @@
 #include "runtime/trace.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
-#include <fstream>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <vector>
 
-#include "kernels/error.hpp"
+#include "runtime/agreement.hpp"
+#include "runtime/text_file.hpp"
 
 namespace annulus {
 namespace {
@@ -139,11 +141,9 @@ void write_trace(Communicator& ranks, const std::string& path) {
     record.end_ns += offset;
   }
   const std::vector<std::vector<StageRecord>> all = gathered(ranks, std::move(mine));
-  if (ranks.rank() != 0) return;
-  std::ofstream file(path);
-  file << trace_of(all).dump() << '\n';
-  file.close();
-  require(file.good(), ExitCode::cannot_create, "trace: cannot write {}", path);
+  agree(ranks, [&] {
+    if (ranks.rank() == 0) write_text("trace", path, trace_of(all).dump() + '\n');
+  });
 }
 
 }  // namespace annulus

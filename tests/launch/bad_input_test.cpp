@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -112,6 +113,33 @@ TEST(BadInput, AnExistingOutputIsKeptUnlessForced) {
   EXPECT_EQ(run_annulus(2, arguments).exit_code, 0);
   EXPECT_NE(content_of(output), before);
   EXPECT_EQ(folder.listing(), (std::vector<std::string>{"in.h5", "out.h5"}));
+}
+
+TEST(BadInput, AnInputIsNoPlaceForAnOutput) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  QkvFile{}.write(input);
+  std::filesystem::create_symlink(input, folder.file("link.h5"));
+  std::filesystem::create_hard_link(input, folder.file("hard.h5"));
+  const std::string before = content_of(input);
+  const auto refused = [&](std::vector<std::string> arguments) {
+    std::vector<std::string> all = {"run", "--op", "ring", "--input", input, "--force"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    const Outcome outcome = run_annulus(2, all);
+    EXPECT_EQ(outcome.exit_code, 64) << outcome.err;
+    ASSERT_EQ(outcome.messages().size(), 1U) << outcome.err;
+    EXPECT_NE(outcome.messages()[0].find("are the same file"), std::string::npos)
+        << outcome.messages()[0];
+    EXPECT_EQ(content_of(input), before);
+  };
+  for (const char* option : {"--output", "--trace"}) {
+    for (const std::string& path :
+         {input, folder.file("./in.h5"), folder.file("link.h5"), folder.file("hard.h5")}) {
+      refused({option, path});
+    }
+  }
+  refused({"--output", folder.file("out"), "--trace", folder.file("./out")});
+  EXPECT_EQ(folder.listing(), (std::vector<std::string>{"hard.h5", "in.h5", "link.h5"}));
 }
 
 TEST(BadInput, AWrongCommandListsTheCommands) {
