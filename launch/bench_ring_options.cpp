@@ -15,7 +15,9 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   options.plan.dtype = "f32";
   options.plan.layout = "zigzag";
   options.plan.rates = "cpu";
-  CLI::App app("measures an attention over the ranks started", "annulus bench ring");
+  CLI::App app("An attention over the ranks started, beside its kernels and its plan.",
+               "annulus bench ring");
+  app.option_defaults()->always_capture_default();
   app.add_option("--op", options.plan.operation,
                  "ring, all_gather, ulysses, hybrid or auto: by the rates measured");
   app.add_option("--seq", options.plan.seq_q, "tokens")->check(whole_number<>(1));
@@ -23,17 +25,21 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_option("--heads", options.plan.heads, "query heads, or query:KV heads");
   app.add_option("--head-dim", options.plan.head_dim, "elements of a head")
       ->check(whole_number<>(1));
-  app.add_option("--dtype", options.plan.dtype, "f32, bf16 or f16")
+  app.add_option("--dtype", options.plan.dtype, "of the tensors")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--mask", options.plan.mask, "as in annulus plan");
-  app.add_option("--layout", options.plan.layout, "contiguous, zigzag or balanced")
+  app.add_option("--layout", options.plan.layout, "how rows are dealt")
       ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
-  app.add_flag("!--messages", options.in_place, "send rows instead of reading them in place");
-  app.add_option("--backend", options.backend, "cpu or cuda")
+  app.add_flag_callback(
+      "--messages", [&options] { options.in_place = false; },
+      "send rows instead of reading them in place");
+  app.add_option("--backend", options.backend, "default: cuda where every rank has a device")
       ->check(CLI::IsMember({"cpu", "cuda"}));
-  app.add_option("--transport", options.transport, "between devices: auto, mpi, nccl or peer")
+  app.add_option("--transport", options.transport, "between devices")
       ->check(CLI::IsMember({"auto", "mpi", "nccl", "peer"}));
-  app.add_flag("!--stages", options.one_launch, "on devices, a launch a stage instead of one");
+  app.add_flag_callback(
+      "--stages", [&options] { options.one_launch = false; },
+      "on devices, a launch a stage instead of one");
   app.add_flag("--reproducible", options.plan.reproducible, "the same bits for any ranks");
   app.add_option("--repeats", options.repeats, "the fastest counts")->check(whole_number<int>(1));
   app.add_option("--node-ranks", options.node_ranks, "hybrid: ranks that exchange heads")

@@ -54,7 +54,7 @@ void bind_mask(CLI::App& app, RunOptions& options) {
          "own")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("--window", options.window,
-                 "L,R: keys from L before to R after the query, -1: unbounded")
+                 "keys from L before to R after the query, -1: unbounded")
       ->delimiter(',')
       ->type_name("L,R")
       ->check(whole_number<std::int64_t>(-1, std::numeric_limits<std::int64_t>::max(),
@@ -104,6 +104,7 @@ void bind_execution(CLI::App& app, RunOptions& options) {
 }
 
 void bind(CLI::App& app, RunOptions& options) {
+  app.option_defaults()->always_capture_default();
   bind_input(app, options);
   bind_mask(app, options);
   bind_mathematics(app, options);

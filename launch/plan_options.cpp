@@ -140,17 +140,18 @@ void require_countable(const PlanOptions& options, double q_heads, double seq_kv
 
 std::optional<PlanOptions> parse_plan_options(Arguments arguments) {
   PlanOptions options;
-  CLI::App app("predicts and draws how ranks would share an attention", "annulus plan");
+  CLI::App app("Predicts and draws how ranks would share an attention.", "annulus plan");
+  app.option_defaults()->always_capture_default();
   app.add_option("--op", options.operation, "ring, all_gather, ulysses, hybrid or auto");
   app.add_option("--mesh", options.mesh, "axis sizes such as sp=8,tp=2");
   app.add_option("--seq,--seq-q", options.seq_q, "query tokens")
       ->check(whole_number<>(0, kMostTokens));
-  app.add_option("--seq-kv", options.seq_kv, "key tokens, when not the same")
+  app.add_option("--seq-kv", options.seq_kv, "key tokens; 0: as many as queries")
       ->check(whole_number<>(0, kMostTokens));
   app.add_option("--batch", options.batch, "batch rows")->check(whole_number<>(1));
   app.add_option("--heads", options.heads, "query heads, or query:KV heads such as 64:8");
   app.add_option("--head-dim", options.head_dim, "elements of a head")->check(whole_number<>(1));
-  app.add_option("--dtype", options.dtype, "f32, bf16 or f16")
+  app.add_option("--dtype", options.dtype, "of the tensors")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--mask", options.mask,
                  "parts joined by +: full, causal, window:L,R, prefix:N, documents:0,N,..., "
