@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstdio>
 
 #include "kernels/error.hpp"
@@ -14,6 +15,7 @@
 #include "launch/plan.hpp"
 #include "launch/run.hpp"
 #include "launch/verify.hpp"
+#include "runtime/posix_file.hpp"
 
 namespace annulus::launch {
 namespace {
@@ -43,6 +45,13 @@ void print_help(std::string_view program, std::span<const Command> table) {
   fmt::print("\n{} COMMAND --help lists the options of a command.\n", program);
 }
 
+// What was printed may still lie in the process, and what holds it be full.
+void flush_output() {
+  const bool arrived = std::fflush(stdout) == 0;
+  require(arrived, ExitCode::io, "standard output: {}", errno_text(errno));
+  require(std::ferror(stdout) == 0, ExitCode::io, "standard output: a write failed");
+}
+
 }  // namespace
 
 std::span<const Command> commands() { return kCommands; }
@@ -62,9 +71,10 @@ void dispatch(std::string_view program, std::span<const Command> table, Argument
 void run_program(const std::vector<std::string>& arguments) {
   if (!arguments.empty() && arguments[0] == "--version") {
     fmt::print("annulus {}\n", ANNULUS_VERSION);
-    return;
+  } else {
+    dispatch("annulus", commands(), arguments);
   }
-  dispatch("annulus", commands(), arguments);
+  flush_output();
 }
 
 }  // namespace annulus::launch

@@ -22,12 +22,16 @@ constexpr std::chrono::milliseconds kGrace{2000};
 
 bool works_alone = false;
 
-bool mpi_is_running() {
+bool mpi_was_started() {
   int started = 0;
-  int ended = 0;
   MPI_Initialized(&started);
+  return started != 0;
+}
+
+bool mpi_is_running() {
+  int ended = 0;
   MPI_Finalized(&ended);
-  return started != 0 && ended == 0;
+  return mpi_was_started() && ended == 0;
 }
 
 bool launched_with_peers() {
@@ -71,7 +75,7 @@ void print(int rank, std::string_view message) {
 
 int report_failure(ExitCode code, std::string_view message) {
   // A rank may fail before MPI starts, on its command line say, and its peers may not.
-  if (!mpi_is_running() && launched_with_peers() && !works_alone) MPI_Init(nullptr, nullptr);
+  if (!mpi_was_started() && launched_with_peers() && !works_alone) MPI_Init(nullptr, nullptr);
   if (!mpi_is_running()) {
     print(0, message);
     return static_cast<int>(code);

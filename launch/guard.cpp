@@ -1,5 +1,7 @@
 #include "launch/guard.hpp"
 
+#include "kernels/cpu/peak.hpp"
+#include "kernels/error.hpp"
 #include "runtime/flight_recorder.hpp"
 #include "runtime/pending_file.hpp"
 #include "runtime/signals.hpp"
@@ -10,6 +12,7 @@ namespace annulus::launch {
 namespace {
 
 constexpr double kTimeoutSeconds = 30.0;
+constexpr int kMostThreads = 8192;  // of which OpenMP's tables still fit the stack
 
 }  // namespace
 
@@ -22,6 +25,9 @@ void guard_process() {
   install_signal_handlers();
   if (identity.size > 1) hold_at_broken_pipes();
   Watchdog::of_process().start(kTimeoutSeconds);
+  require(kernels::cpu::threads() <= kMostThreads, ExitCode::usage,
+          "OMP_NUM_THREADS: {} threads; accepted: at most {}", kernels::cpu::threads(),
+          kMostThreads);
 }
 
 }  // namespace annulus::launch

@@ -1,6 +1,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "kernels/error.hpp"
@@ -18,6 +19,8 @@ int main(int argc, char** argv) {
     return launch::report_failure(error.code(), error.what());
   } catch (const std::bad_alloc& error) {
     return launch::report_failure(ExitCode::no_memory, error.what());
+  } catch (const std::system_error& error) {
+    return launch::report_failure(ExitCode::io, error.what());
   } catch (const std::exception& error) {
     return launch::report_failure(ExitCode::internal, error.what());
   }

@@ -123,9 +123,10 @@ TEST(BadInput, AnInputIsNoPlaceForAnOutput) {
   std::filesystem::create_hard_link(input, folder.file("hard.h5"));
   const std::string before = content_of(input);
   const auto refused = [&](std::vector<std::string> arguments) {
-    std::vector<std::string> all = {"run", "--op", "ring", "--input", input, "--force"};
+    std::vector<std::string> all = {ANNULUS_PROGRAM, "run", "--op",   "ring",
+                                    "--input",       input, "--force"};
     all.insert(all.end(), arguments.begin(), arguments.end());
-    const Outcome outcome = run_annulus(2, all);
+    const Outcome outcome = run_program(all);
     EXPECT_EQ(outcome.exit_code, 64) << outcome.err;
     ASSERT_EQ(outcome.messages().size(), 1U) << outcome.err;
     EXPECT_NE(outcome.messages()[0].find("are the same file"), std::string::npos)
@@ -140,6 +141,26 @@ TEST(BadInput, AnInputIsNoPlaceForAnOutput) {
   }
   refused({"--output", folder.file("out"), "--trace", folder.file("./out")});
   EXPECT_EQ(folder.listing(), (std::vector<std::string>{"hard.h5", "in.h5", "link.h5"}));
+}
+
+TEST(BadInput, AReportThatDoesNotArriveIsAnError) {
+  for (const std::string arguments : {"ops", "--version", "run --help", "plan --json"}) {
+    const Outcome outcome =
+        run_program({"sh", "-c", std::string(ANNULUS_PROGRAM) + " " + arguments + " >/dev/full"});
+    EXPECT_EQ(outcome.exit_code, 74) << arguments << ": " << outcome.err;
+    ASSERT_EQ(outcome.messages().size(), 1U) << outcome.err;
+    EXPECT_NE(outcome.messages()[0].find("No space left on device"), std::string::npos)
+        << outcome.messages()[0];
+  }
+}
+
+TEST(BadInput, MoreThreadsThanThereCanBeAreRefused) {
+  const Outcome outcome = run_program(
+      {"sh", "-c", std::string("OMP_NUM_THREADS=99999999 ") + ANNULUS_PROGRAM + " ops"});
+  EXPECT_EQ(outcome.exit_code, 64) << outcome.err;
+  ASSERT_EQ(outcome.messages().size(), 1U) << outcome.err;
+  EXPECT_NE(outcome.messages()[0].find("OMP_NUM_THREADS: 99999999"), std::string::npos)
+      << outcome.messages()[0];
 }
 
 TEST(BadInput, AWrongCommandListsTheCommands) {
