@@ -3,8 +3,8 @@
 #include <array>
 #include <cmath>
 
-#include "kernels/cuda/check.hpp"
 #include "kernels/error.hpp"
+#include "kernels/sm90/hopper.hpp"
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -46,14 +46,6 @@ BackwardMaker backward_maker(std::int64_t head_dim, std::int64_t value_dim) {
     default:
       return backward_d256;
   }
-}
-
-bool is_hopper() {
-  int device = 0;
-  int major = 0;
-  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
-  ANNULUS_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major == 9;
 }
 
 /// The copy engine reads rows in pieces of 16 bytes from addresses that are multiples of 16.
@@ -101,7 +93,7 @@ std::string unsupported(const AttentionProblem& problem, Direction /*direction*/
   }
   const std::string reason = unsupported_tensors(problem);
   if (!reason.empty()) return reason;
-  return is_hopper() ? "" : "the device is no Hopper GPU";
+  return other_device();
 }
 
 void check_outputs(const ForwardCall& call) {

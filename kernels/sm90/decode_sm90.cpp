@@ -1,9 +1,9 @@
 #include <array>
 #include <cmath>
 
-#include "kernels/cuda/check.hpp"
 #include "kernels/error.hpp"
 #include "kernels/sm90/decode_launch.hpp"
+#include "kernels/sm90/hopper.hpp"
 
 namespace annulus::kernels::sm90 {
 namespace {
@@ -29,14 +29,6 @@ Maker maker(const DecodeProblem& problem) {
     default:
       return nullptr;
   }
-}
-
-bool is_hopper() {
-  int device = 0;
-  int major = 0;
-  ANNULUS_CHECK_CUDA(cudaGetDevice(&device));
-  ANNULUS_CHECK_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  return major == 9;
 }
 
 /// Rows move in pieces of 16 bytes.
@@ -80,7 +72,7 @@ std::string unsupported(const DecodeProblem& problem) {
   if (problem.sinks && problem.sinks.strides[0] != 1) {
     return fmt::format("sinks have stride {}; accepted: 1", problem.sinks.strides[0]);
   }
-  return is_hopper() ? "" : "the device is no Hopper GPU";
+  return other_device();
 }
 
 void check_outputs(const DecodeCall& call) {

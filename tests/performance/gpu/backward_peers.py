@@ -10,9 +10,7 @@ overwrites dK and dV, which makes all that the peers make.
 All contenders of a row take turns as in forward_peers.py, which has what the scripts share; a row
 gives medians.
 """
-import argparse
 import ctypes
-import json
 import sys
 
 import torch
@@ -106,25 +104,13 @@ class Bench(forward_peers.Bench):
                     5 * q.shape[0] * q.shape[2] * seq * seq * dim)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("library")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json")
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    bench = Bench(ctypes.CDLL(options.library), options.rounds, options.only)
-    print(f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, "
-          f"FlashAttention-4 {'there' if _flash_attn_bwd else 'absent'}", flush=True)
+def measure(bench):
     for dim in (128, 64, 256):
         for seq in (16384, 4096, 1024):
             for causal in (True, False):
                 bench.dense(dim, seq, causal)
     bench.deterministic()
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(bench.rows, file, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    forward_peers.run_bench(Bench, measure, _flash_attn_bwd, __doc__, rounds=9)

@@ -9,16 +9,14 @@ flash-attn-4) where it is installed. Rates count the bytes of keys and values on
 random, and several times as large as L2. All contenders of a row take turns, round after round;
 a row gives medians, and ratios within the row.
 """
-import argparse
 import ctypes
-import json
 import sys
 
 import torch
 import torch.nn.functional as functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from forward_peers import INT, POINTER, REAL, take_turns
+from forward_peers import INT, POINTER, REAL, run_bench, take_turns
 
 try:
     from flash_attn.cute import flash_attn_func as flash_attention_4
@@ -164,16 +162,7 @@ class Bench:
         self.report(name, times, cache.numel() * 2, 2 * batch * keys * heads * (576 + 512))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("library")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--json")
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    bench = Bench(ctypes.CDLL(options.library), options.rounds, options.only)
-    print(f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, "
-          f"FlashAttention-4 {'there' if flash_attention_4 else 'absent'}", flush=True)
+def measure(bench):
     for batch, keys in ((1, 131072), (8, 32768), (64, 8192)):
         bench.grouped(batch, keys)
         bench.grouped(batch, keys, 16)
@@ -188,10 +177,7 @@ def main():
     for batch, keys in ((64, 4096), (64, 8192), (128, 4096)):
         bench.latent(batch, keys)
         bench.latent(batch, keys, 64)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(bench.rows, file, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(Bench, measure, flash_attention_4, __doc__, rounds=12)

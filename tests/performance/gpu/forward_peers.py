@@ -198,16 +198,24 @@ class Bench:
         print(f"copy {2 * source.numel() / time / 1e9:.0f} GB/s, read and written", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def run_bench(make, measure, peer, doc, rounds):
+    """What the scripts beside this one share: their arguments, what ran, and the rows as JSON."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("library")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--json")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    bench = Bench(ctypes.CDLL(options.library), options.rounds, options.only)
+    bench = make(ctypes.CDLL(options.library), options.rounds, options.only)
     print(f"{torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}, "
-          f"FlashAttention-4 {'there' if flash_attention_4 else 'absent'}", flush=True)
+          f"FlashAttention-4 {'there' if peer else 'absent'}", flush=True)
+    measure(bench)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(bench.rows, file, indent=1)
+
+
+def measure(bench):
     bench.copy()
     for dim in (128, 64, 256, 96, 192):
         for seq in (16384, 4096, 1024):
@@ -219,10 +227,7 @@ def main():
                  [(i * 2048, i * 2048 + 2048, i * 2048, i * 2048 + 2048, -FAR, 0)
                   for i in range(32)])
     bench.ring()
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(bench.rows, file, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    run_bench(Bench, measure, flash_attention_4, __doc__, rounds=12)
