@@ -1,21 +1,19 @@
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <memory>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "kernels/buffer.hpp"
 #include "kernels/error.hpp"
 #include "runtime/context.hpp"
 #include "runtime/peer_communicator.hpp"
-#include "runtime/tensor.hpp"
 #include "sharding/execution.hpp"
 #include "sharding/memory_model.hpp"
+#include "tests/runtime/device_shards.hpp"
+#include "tests/sharding/case_table.hpp"
 
 // A ring's forward pass in one launch, which may begin before its peers do; ranks that share a
 // device behave as if each had its own. Needs a GPU of the Hopper generation:
@@ -27,29 +25,6 @@ constexpr std::int64_t kDim = 64;
 constexpr std::int64_t kRows = 256;  // of a rank: few thread blocks, which leave the others room
 
 constexpr AttentionSizes kSizes{.head_dim = kDim, .value_dim = kDim};
-
-void randomize(const TensorView& values, std::uint64_t seed) {
-  Tensor host(DType::f32, values.shape);
-  std::mt19937_64 random(seed);
-  auto* data = static_cast<float*>(host.view().data);
-  for (std::int64_t i = 0; i < values.shape.elements(); ++i) {
-    data[i] = static_cast<float>(static_cast<double>(random() >> 11) * 0x1p-52 - 1.0);
-  }
-  copy(std::as_const(host).view(), values);
-}
-
-double largest_difference(const Tensor& a, const Tensor& b) {
-  const Tensor left = Tensor::copy_of(a.view(), DType::f32, Device::cpu);
-  const Tensor right = Tensor::copy_of(b.view(), DType::f32, Device::cpu);
-  const auto* x = static_cast<const float*>(left.view().data);
-  const auto* y = static_cast<const float*>(right.view().data);
-  double largest = 0.0;
-  for (std::int64_t i = 0; i < a.shape().elements(); ++i) {
-    const double difference = std::abs(static_cast<double>(x[i]) - y[i]);
-    if (!(difference <= largest)) largest = difference;
-  }
-  return largest;
-}
 
 std::shared_ptr<PlanRequest> request_of(int ranks, const AttentionMask& mask,
                                         Scheme scheme = Scheme::ring) {
@@ -63,46 +38,6 @@ std::shared_ptr<PlanRequest> request_of(int ranks, const AttentionMask& mask,
   request->kv_heads = 2;
   return request;
 }
-
-AttentionMask causal_mask() {
-  AttentionMask mask;
-  mask.causal = true;
-  return mask;
-}
-
-/// One rank's rows, whose keys and values are others in every call.
-class Rows {
- public:
-  explicit Rows(const PlanRequest& request)
-      : q_(DType::bf16, {1, kRows, request.q_heads, kDim}, Device::cuda),
-        k_(DType::bf16, {1, kRows, request.kv_heads, kDim}, Device::cuda),
-        v_(DType::bf16, k_.shape(), Device::cuda),
-        o_(DType::bf16, q_.shape(), Device::cuda),
-        lse_(DType::f32, {1, request.q_heads, kRows}, Device::cuda) {}
-  const Tensor& log_sum_exp() const { return lse_; }
-
-  void change(std::uint64_t seed) {
-    randomize(q_.view(), seed);
-    randomize(k_.view(), seed + 1000);
-    randomize(v_.view(), seed + 2000);
-  }
-  Tensor forward(Communicator& ranks, const AttentionPlan& plan, const ExecuteOptions& options) {
-    fill_bytes(o_.view().data, Device::cuda, 0xff, o_.shape().elements() * 2);
-    fill_bytes(lse_.view().data, Device::cuda, 0xff, lse_.shape().elements() * 4);
-    ForwardCall call;
-    call.problem.q = q_.view();
-    call.problem.k = k_.view();
-    call.problem.v = v_.view();
-    call.problem.scale = 1.0F / std::sqrt(static_cast<float>(kDim));
-    call.o = o_.view();
-    call.log_sum_exp = lse_.view();
-    execute_forward(ranks, plan, call, options);
-    return Tensor::copy_of(o_.view(), DType::f32, Device::cpu);
-  }
-
- private:
-  Tensor q_, k_, v_, o_, lse_;
-};
 
 class DeviceOneLaunch : public ::testing::Test {
  protected:
@@ -131,7 +66,7 @@ TEST_F(DeviceOneLaunch, ComesToWhatStagesAndPartsComeTo) {
     for (const AttentionMask& mask : {causal_mask(), AttentionMask(), window}) {
       const auto request = request_of(ranks().size(), mask, scheme);
       const AttentionPlan plan(request, ranks().rank());
-      Rows rows(*request);
+      DeviceShards rows(*request, ranks().rank(), kDim);
       for (int call = 0; call < 8; ++call) {
         rows.change(++seed);
         std::this_thread::sleep_for(std::chrono::milliseconds(random() % 3 * 5));
@@ -140,7 +75,7 @@ TEST_F(DeviceOneLaunch, ComesToWhatStagesAndPartsComeTo) {
         at_once.report = &report;
         const Tensor found = rows.forward(ranks(), plan, at_once);
         EXPECT_EQ(report.buffer_bytes, forward_buffer_bytes(plan, kSizes, {.one_launch = true}));
-        const Tensor found_lse = Tensor::copy_of(rows.log_sum_exp().view(), {}, Device::cpu);
+        const Tensor found_lse = rows.log_sum_exp();
         const Tensor expected = rows.forward(ranks(), plan, by_stages);
         EXPECT_LE(largest_difference(found, expected), 0x1p-7) << name(scheme) << ", call " << call;
         EXPECT_LE(largest_difference(found_lse, rows.log_sum_exp()), 1e-5)
@@ -154,10 +89,10 @@ TEST_F(DeviceOneLaunch, BeginsBeforeItsPeersDo) {
   constexpr std::chrono::milliseconds kLate(300);
   const auto request = request_of(ranks().size(), AttentionMask());
   const AttentionPlan plan(request, ranks().rank());
-  Rows rows(*request);
+  DeviceShards rows(*request, ranks().rank(), kDim);
   rows.change(static_cast<std::uint64_t>(ranks().rank()));
   for (int call = 0; call < 6; ++call) {
-    rows.forward(ranks(), plan, {});
+    rows.forward(ranks(), plan);
     context().world().barrier();
   }
   if (ranks().rank() != 0) std::this_thread::sleep_for(kLate);
@@ -201,9 +136,9 @@ TEST_F(DeviceOneLaunch, EndsWhereTheRowsNeverCome) {
   FailingRanks failing;
   const auto request = request_of(2, causal_mask());
   const AttentionPlan plan(request, 0);
-  Rows rows(*request);
+  DeviceShards rows(*request, 0, kDim);
   rows.change(1);
-  EXPECT_THROW(rows.forward(failing, plan, {}), Error);
+  EXPECT_THROW(rows.forward(failing, plan), Error);
   synchronize(Device::cuda, {});  // for ever, if the kernel went on waiting
 }
 
