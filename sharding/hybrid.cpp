@@ -9,6 +9,7 @@
 #include "sharding/gradient_tree.hpp"
 #include "sharding/head_exchange.hpp"
 #include "sharding/head_parts.hpp"
+#include "sharding/own_rows_backward.hpp"
 #include "sharding/own_rows_forward.hpp"
 #include "sharding/ring.hpp"
 #include "sharding/solo_communicator.hpp"
@@ -346,6 +347,7 @@ void hybrid_forward(HybridRanks& ranks, const AttentionPlan& plan, const Forward
 void hybrid_backward(HybridRanks& ranks, const AttentionPlan& plan, const BackwardCall& local,
                      const ExecuteOptions& options) {
   if (plan.head_ranks() == 1) return ring_backward(ranks.groups(), plan, local, options);
+  if (backward_own_rows_in_place(ranks.heads(), plan, local, options)) return;
   ExecutionAccounting accounting(ranks.heads(), options, local.problem, local.stream);
   HeadExchange exchange(ranks.heads(), plan, local.stream);
   const std::vector<HeadPart> heads = choose_parts(plan, local.problem, options);

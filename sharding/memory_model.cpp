@@ -85,14 +85,15 @@ BufferUse all_stages_at_once(const AttentionPlan& plan) {
   return use;
 }
 
-// As forward_own_rows_in_place() does: q, k, v and O of the others' rows, and the own rows of O
-// that others computed.
+// As OwnRows::apply() says.
 bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
   return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
          plan.request().block_rows == 0 &&
          static_cast<std::size_t>(plan.head_ranks()) <= kernels::cuda::kMaxSegments;
 }
 
+// As forward_own_rows_in_place() does: q, k, v and O of the others' rows, and the own rows of O
+// that others computed.
 std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
   const PlanRequest& request = plan.request();
   const std::int64_t dims = sizes.head_dim + sizes.value_dim;
@@ -106,6 +107,25 @@ std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& 
       (q_rows * heads * dims + kv_rows * kv_heads * dims + given_back * sizes.value_dim) *
       sizes.element_bytes;
   if (sizes.log_sum_exp) bytes += (q_rows * heads + given_back) * kFloatBytes;
+  return request.batch * bytes;
+}
+
+// As backward_own_rows_in_place() does: queries, output gradients, statistics and dQ of the others'
+// rows; k, v, dK and dV of all; the own rows' gradients that others computed.
+std::int64_t others_gradients_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
+  const PlanRequest& request = plan.request();
+  const std::int64_t dims = sizes.head_dim + sizes.value_dim;
+  const std::int64_t heads = plan.q_heads_of(plan.head_rank()).size();
+  const std::int64_t own_rows = request.q_layout.rows(plan.rank());
+  const std::int64_t q_rows = request.q_layout.seq() - own_rows;
+  std::int64_t kv_heads_of_others = -plan.kv_heads_of(plan.head_rank()).size();
+  for (int j = 0; j < plan.head_ranks(); ++j) kv_heads_of_others += plan.kv_heads_of(j).size();
+  const std::int64_t keys = request.kv_layout.seq() * plan.kv_heads_of(plan.head_rank()).size();
+  std::int64_t bytes = keys * dims * (sizes.element_bytes + kFloatBytes);
+  bytes += q_rows * heads * (dims * sizes.element_bytes + (4 + sizes.head_dim) * kFloatBytes);
+  bytes +=
+      own_rows * (2 * request.q_heads + (request.q_heads - heads) * sizes.head_dim) * kFloatBytes;
+  bytes += request.kv_layout.rows(plan.rank()) * kv_heads_of_others * dims * kFloatBytes;
   return request.batch * bytes;
 }
 
@@ -271,6 +291,7 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
   const std::int64_t batch = request.batch;
   const bool by_head = plan.scheme() == Scheme::all_gather;
   const bool in_place = access.in_place;
+  if (computes_own_rows_in_place(plan, access)) return others_gradients_bytes(plan, sizes);
   const bool in_one_call = access.one_device && is_one_call_on_one_device(plan, sizes, true);
   const BufferUse use = use_of(plan, in_place && !by_head, false);
   const std::int64_t kv_heads = by_head ? 1 : own_kv_heads(plan);
