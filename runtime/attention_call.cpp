@@ -7,6 +7,7 @@
 #include "kernels/error.hpp"
 #include "kernels/work_meter.hpp"
 #include "runtime/call_tensors.hpp"
+#include "runtime/kernel_choice.hpp"
 #include "runtime/redistribute.hpp"
 #include "runtime/stopwatch.hpp"
 #include "runtime/trace.hpp"
@@ -369,13 +370,11 @@ AttentionProblem AttentionCall::problem() const {
   return problem;
 }
 
-ExecuteOptions AttentionCall::execute_options(ExecutionReport& execution) const {
-  const OperationMetadata& metadata = operation_.metadata();
+ExecuteOptions AttentionCall::execute_options(ExecutionReport& execution,
+                                              const AttentionProblem& problem,
+                                              Direction direction) const {
   ExecuteOptions options;
-  options.backend = operation_.tuning().kernel;
-  if (options.backend.empty() && metadata.backend == "cudnn" && device_ == Device::cuda) {
-    options.backend = "cudnn";
-  }
+  options.backend = kernel_of(operation_, device_, problem, direction);
   options.in_place = operation_.tuning().in_place;
   options.report = &execution;
   options.recorder = trace_recorder();
@@ -407,7 +406,7 @@ void AttentionCall::forward(const TensorView& o, const TensorView& log_sum_exp) 
   call.o = o;
   call.log_sum_exp = log_sum_exp;
   ExecutionReport execution;
-  const ExecuteOptions options = execute_options(execution);
+  const ExecuteOptions options = execute_options(execution, call.problem, Direction::forward);
   if (plan_) {
     const auto begin = std::chrono::steady_clock::now();
     execute_forward(kernel_ranks(), *plan_, call, options);
@@ -427,7 +426,7 @@ void AttentionCall::backward(BackwardCall& call) {
   work_meter().expect(kBackwardWork * static_cast<double>(kept_pairs()));
   call.problem = problem();
   ExecutionReport execution;
-  const ExecuteOptions options = execute_options(execution);
+  const ExecuteOptions options = execute_options(execution, call.problem, Direction::backward);
   if (gradient_plan_) {
     backward_over_blocks(call, options);
   } else if (plan_) {
@@ -488,8 +487,7 @@ void AttentionCall::weights(const TensorView& weights) {
                       {0, columns.size(), 0, 1},
                       device_};
     call.o = weights.slice(3, columns).transposed(1, 2);
-    ExecutionReport unused;
-    attention_forward(call, execute_options(unused).backend);
+    attention_forward(call, kernel_of(operation_, device_, call.problem, Direction::forward));
     synchronize(device_, call.stream);
   }
   report_.compute_seconds += seconds_since(begin);

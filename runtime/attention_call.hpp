@@ -84,7 +84,8 @@ class AttentionCall {
   std::int64_t kept_pairs() const;
   /// Whether the whole sequence group has nothing to do: no batch rows, no heads.
   bool idle() const;
-  ExecuteOptions execute_options(ExecutionReport& execution) const;
+  ExecuteOptions execute_options(ExecutionReport& execution, const AttentionProblem& problem,
+                                 Direction direction) const;
   void finish_on_device(ExecutionReport& execution,
                         std::chrono::steady_clock::time_point begin) const;
   void account(const ExecutionReport& execution);

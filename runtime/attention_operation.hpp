@@ -20,6 +20,7 @@ class AttentionOperation : public OperationImpl {
     KeyRows key_rows = KeyRows::whole;
     Scheme scheme = Scheme::ring;  // where keys are dealt
     bool weights = false;          // can return attention_weights
+    bool vendor = false;           // by the vendor library where it can
   };
 
   AttentionOperation(std::string name, OperationMetadata metadata, const Traits& traits)

@@ -18,6 +18,7 @@ std::span<const OperationEntry> operations() {
       vanilla_attention(),
       flash_attention(),
       ring_attention(),
+      sdpa_attention(),
       ulysses_attention(),
       hybrid_attention(),
       blocksparse_attention(),

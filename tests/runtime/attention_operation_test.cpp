@@ -23,7 +23,8 @@ constexpr MeshCase kMeshes[] = {{1, "sp=1"},          {2, "sp=2"},      {3, "tp=
                                 {4, "sp=2,tp=2"},     {4, "dp=2,sp=2"}, {6, "sp=3,tp=2"},
                                 {8, "dp=2,sp=2,tp=2"}};
 
-constexpr const char* kOperations[] = {"vanilla", "flash", "ring", "ulysses", "splash", "auto"};
+constexpr const char* kOperations[] = {"vanilla", "flash",  "sdpa", "ring",
+                                       "ulysses", "splash", "auto"};
 
 void on_every_mesh(const std::function<void(Context&, const Mesh&)>& body) {
   for (const MeshCase& m : kMeshes) {

@@ -148,7 +148,7 @@ class DeviceBackward : public ::testing::TestWithParam<Transport> {
     std::vector<std::string> meshes{fmt::format("sp={}", ranks)};
     if (ranks % 2 == 0) meshes.push_back("sp=-1,tp=2");
     for (const std::string& mesh : meshes) {
-      for (const char* operation : {"ring", "ulysses", "hybrid", "flash"}) {
+      for (const char* operation : {"ring", "ulysses", "hybrid", "flash", "sdpa"}) {
         const std::string what = fmt::format("{}, {} over {}", name, operation, mesh);
         SCOPED_TRACE(what);
         const WholeResults found =

@@ -1,5 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <span>
+
+#include "kernels/attention.hpp"
 #include "kernels/buffer.hpp"
 #include "kernels/error.hpp"
 #include "tests/runtime/operation_case.hpp"
@@ -38,7 +42,7 @@ class DeviceOperations : public ::testing::TestWithParam<Transport> {
     const int ranks = context_->size();
     for (const std::string& mesh : {fmt::format("sp={}", ranks), fmt::format("sp=-1,tp={}", 2)}) {
       if (mesh.find("tp") != std::string::npos && ranks % 2 != 0) continue;
-      for (const char* operation : {"ring", "ulysses", "flash"}) {
+      for (const char* operation : {"ring", "ulysses", "flash", "sdpa"}) {
         SCOPED_TRACE(operation);
         expect_forward(*context_, operation, Mesh::parse(mesh, ranks), c, tensors, kTolerance,
                        Placement::working, config);
@@ -93,6 +97,38 @@ TEST_P(DeviceOperations, RefuseToPromiseTheSameBits) {
   AttentionOptions options;
   options.reproducible = true;
   EXPECT_THROW(expect_everywhere({kShape, options, 45}), Error);
+}
+
+// The vendor library's bits where it serves, those of the kernels here where it does not.
+TEST(DeviceSdpa, IsTheVendorsWhereItServes) {
+  Context context;
+  if (context.device() != Device::cuda) GTEST_SKIP() << "not every rank has a GPU";
+  const std::span<const AttentionBackend> kernels = attention_backends();
+  if (std::none_of(kernels.begin(), kernels.end(),
+                   [](const AttentionBackend& kernel) { return kernel.name == "cudnn"; })) {
+    GTEST_SKIP() << "built without cuDNN";
+  }
+  OperationCase c{kShape, {}, 46};
+  c.options.causal = true;
+  c.options.output_dtype = DType::f32;
+  const OperationTensors tensors = random_inputs(c);
+  // Heads are shared out, so that every rank has whole sequences, as the vendor library wants.
+  const auto output_of = [&](const std::string& operation, const std::string& backend) {
+    const OperationConfig config{.runtime_dtype = DType::bf16, .backend = backend};
+    return run_both_passes(context, operation, Mesh::parse("tp=-1", context.size()), c, tensors,
+                           config)
+        .output;
+  };
+  const auto is_same = [&](const Tensor& a, const Tensor& b) {
+    return context.rank() != 0 || max_difference(a, b) == 0.0;
+  };
+  const Tensor found = output_of("sdpa", "cuda");
+  const Tensor vendors = output_of("flash", "cudnn");
+  const Tensor ours = output_of("flash", "cuda");
+  EXPECT_TRUE(is_same(found, vendors));
+  EXPECT_TRUE(context.rank() != 0 || !is_same(found, ours));
+  c.options.soft_cap = 5.0F;
+  EXPECT_TRUE(is_same(output_of("sdpa", "cuda"), output_of("flash", "cuda")));
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, DeviceOperations,

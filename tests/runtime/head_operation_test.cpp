@@ -111,7 +111,7 @@ std::string name_of(const ::testing::TestParamInfo<HeadOperation::ParamType>& pa
 
 INSTANTIATE_TEST_SUITE_P(
     Operations, HeadOperation,
-    ::testing::Combine(::testing::Values("ring", "ulysses", "flash", "vanilla"),
+    ::testing::Combine(::testing::Values("ring", "ulysses", "flash", "sdpa", "vanilla"),
                        ::testing::Values(Placement::working, Placement::replicated,
                                          Placement::by_spec)),
     name_of);

@@ -12,7 +12,7 @@
 namespace annulus::testing {
 namespace {
 
-constexpr const char* kOperations[] = {"ring", "ulysses", "flash"};
+constexpr const char* kOperations[] = {"ring", "ulysses", "flash", "sdpa"};
 
 /// The first `ranks` processes as a group; the others sit out.
 class OfRanks {
