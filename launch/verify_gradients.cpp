@@ -31,6 +31,7 @@ enum Gradient : std::size_t { kQuery, kKey, kValue };
 struct Sums {
   std::array<double, 3> differences{};  // squared
   std::array<double, 3> expected{};     // squared
+  std::array<double, 3> terms{};        // squared: what cancels in them, see compare()
   std::array<double, 3> elements{};
   std::array<double, 3> rows{};
 };
@@ -38,6 +39,11 @@ struct Sums {
 std::size_t elements(std::int64_t rows, std::int64_t dim) {
   return static_cast<std::size_t>(rows * dim);
 }
+
+/// Of the sampled keys of a head; of dK also with a larger delta.
+struct KeyGradients {
+  std::vector<double> key, value, shifted_key;
+};
 
 class GradientCheck {
  public:
@@ -87,8 +93,12 @@ class GradientCheck {
     return FieldPart(alone_, input_, CheckpointField::grad_output, rows, dtype);
   }
   /// What queries at hand add to the gradients of the sampled keys.
-  void add_keys(const AttentionCut& cut, std::vector<double>& grad_k, std::vector<double>& grad_v);
-  void compare(Gradient gradient, const RowSample& sample, const std::vector<double>& expected);
+  void add_keys(const AttentionCut& cut, KeyGradients& sums);
+  /// dP − delta cancels where a row has few keys or one that outweighs the others, down to rounding
+  /// errors of delta's size; a gradient is linear in delta, so what lies between `expected` and
+  /// `with_larger_delta` tells how large these may be.
+  void compare(Gradient gradient, const RowSample& sample, const std::vector<double>& expected,
+               const std::vector<double>& with_larger_delta);
 
   Communicator& alone_;
   const Hdf5File& output_;
@@ -125,6 +135,23 @@ BackwardCall call_of(const CutAttention& cut, const FieldPart& grad_o,
   return call;
 }
 
+/// Σ_d |dO·O| of each row: what delta's rounding goes by.
+std::vector<double> magnitudes_of_delta(std::vector<double> outputs, const FieldPart& grad_o) {
+  const auto* grad = static_cast<const double*>(grad_o.view().data);
+  for (std::size_t i = 0; i < outputs.size(); ++i) {
+    outputs[i] = std::copysign(outputs[i], grad[i]);
+  }
+  return delta_of(outputs, grad_o);
+}
+
+/// A larger delta: by the size of what it sums.
+std::vector<double> shifted(std::vector<double> delta, const std::vector<double>& outputs,
+                            const FieldPart& grad_o) {
+  const std::vector<double> sizes = magnitudes_of_delta(outputs, grad_o);
+  for (std::size_t i = 0; i < delta.size(); ++i) delta[i] += sizes[i];
+  return delta;
+}
+
 void GradientCheck::check_queries(const RowSample& sample) {
   const AttentionCut rows = row_cut(input_, sample);
   const CutAttention cut(alone_, input_, options_, mask_, rows);
@@ -135,11 +162,15 @@ void GradientCheck::check_queries(const RowSample& sample) {
   std::vector<double> grad_q(elements(call.problem.seq_q(), call.problem.head_dim()));
   call.grad_q = {grad_q.data(), DType::f64, call.problem.q.shape};
   kernels::reference::backward(call);
-  compare(kQuery, sample, grad_q);
+  std::vector<double> shifted_q(grad_q.size());
+  const std::vector<double> larger = shifted(delta, expected.outputs, grad_o);
+  call.delta = ConstTensorView(larger.data(), DType::f64, call.delta.shape);
+  call.grad_q.data = shifted_q.data();
+  kernels::reference::backward(call);
+  compare(kQuery, sample, grad_q, shifted_q);
 }
 
-void GradientCheck::add_keys(const AttentionCut& part, std::vector<double>& grad_k,
-                             std::vector<double>& grad_v) {
+void GradientCheck::add_keys(const AttentionCut& part, KeyGradients& sums) {
   const CutAttention cut(alone_, input_, options_, mask_, part);
   const FieldPart grad_o = grad_output(part);
   const Span batch{part.batch, part.batch + 1};
@@ -151,8 +182,13 @@ void GradientCheck::add_keys(const AttentionCut& part, std::vector<double>& grad
            Selection(log_sum_exp_->shape).set(0, {batch}).set(1, {head}).set(2, part.queries));
   const std::vector<double> delta = delta_of(outputs, grad_o);
   BackwardCall call = call_of(cut, grad_o, log_sum_exp, delta);
-  call.grad_k = {grad_k.data(), DType::f64, call.problem.k.shape};
-  call.grad_v = {grad_v.data(), DType::f64, call.problem.v.shape};
+  call.grad_k = {sums.key.data(), DType::f64, call.problem.k.shape};
+  call.grad_v = {sums.value.data(), DType::f64, call.problem.v.shape};
+  kernels::reference::backward(call);
+  const std::vector<double> larger = shifted(delta, outputs, grad_o);
+  call.delta = ConstTensorView(larger.data(), DType::f64, call.delta.shape);
+  call.grad_k.data = sums.shifted_key.data();
+  call.grad_v = {};
   kernels::reference::backward(call);
 }
 
@@ -161,20 +197,23 @@ void GradientCheck::check_keys(const RowSample& sample) {
   const Shape& keys = input_.shape(CheckpointField::key);
   const std::int64_t group = queries[2] / keys[2];
   const auto rows = static_cast<std::int64_t>(sample.rows.size());
-  std::vector<double> grad_k(elements(rows, keys[3]));
-  std::vector<double> grad_v(elements(rows, input_.shape(CheckpointField::value)[3]));
+  KeyGradients sums;
+  sums.key.resize(elements(rows, keys[3]));
+  sums.shifted_key.resize(sums.key.size());
+  sums.value.resize(elements(rows, input_.shape(CheckpointField::value)[3]));
   for (std::int64_t q_head = sample.head * group; q_head < (sample.head + 1) * group; ++q_head) {
     for (std::int64_t begin = 0; begin < queries[1]; begin += kQueriesAtOnce) {
       const Span part{begin, std::min(begin + kQueriesAtOnce, queries[1])};
-      add_keys({sample.batch, q_head, {part}, single_rows(sample.rows)}, grad_k, grad_v);
+      add_keys({sample.batch, q_head, {part}, single_rows(sample.rows)}, sums);
     }
   }
-  if (has(kKey)) compare(kKey, sample, grad_k);
-  if (has(kValue)) compare(kValue, sample, grad_v);
+  if (has(kKey)) compare(kKey, sample, sums.key, sums.shifted_key);
+  if (has(kValue)) compare(kValue, sample, sums.value, sums.value);  // delta plays no part
 }
 
 void GradientCheck::compare(Gradient gradient, const RowSample& sample,
-                            const std::vector<double>& expected) {
+                            const std::vector<double>& expected,
+                            const std::vector<double>& with_larger_delta) {
   const DatasetInfo& dataset = *stored_[gradient];
   const std::vector<double> found = read(dataset, Selection(dataset.shape)
                                                       .set(0, {{sample.batch, sample.batch + 1}})
@@ -184,7 +223,9 @@ void GradientCheck::compare(Gradient gradient, const RowSample& sample,
     if (std::isnan(found[i]) && std::isnan(expected[i])) continue;
     const double apart = found[i] == expected[i] ? 0.0 : found[i] - expected[i];
     sums_.differences[gradient] += apart * apart;
+    const double terms = with_larger_delta[i] - expected[i];
     if (std::isfinite(expected[i])) sums_.expected[gradient] += expected[i] * expected[i];
+    if (std::isfinite(terms)) sums_.terms[gradient] += terms * terms;
   }
   sums_.elements[gradient] += static_cast<double>(found.size());
   sums_.rows[gradient] += static_cast<double>(sample.rows.size());
@@ -198,6 +239,7 @@ Sums sum_of_all(Communicator& ranks, const Sums& mine) {
     for (std::size_t i = 0; i < 3; ++i) {
       sum.differences[i] += one.differences[i];
       sum.expected[i] += one.expected[i];
+      sum.terms[i] += one.terms[i];
       sum.elements[i] += one.elements[i];
       sum.rows[i] += one.rows[i];
     }
@@ -205,20 +247,15 @@ Sums sum_of_all(Communicator& ranks, const Sums& mine) {
   return sum;
 }
 
-/// Gradients that cancel out, of rows with a single key say, are rounding errors of the others'
-/// size, so a norm counts as a hundredth of the largest at least.
+/// A rounding of O moves a gradient by half a unit of delta's terms at most, an eighth of the four
+/// units that verify allows of a norm, which therefore counts as an eighth of theirs at least.
 GradientErrors errors_of(const Sums& sums) {
-  const auto mean = [&](const std::array<double, 3>& squares, std::size_t i) {
-    return std::sqrt(squares[i] / std::max(sums.elements[i], 1.0));
-  };
-  double largest = 0.0;
-  for (std::size_t i = 0; i < 3; ++i) largest = std::max(largest, mean(sums.expected, i));
   GradientErrors errors;
   for (std::size_t i = 0; i < 3; ++i) {
     errors.rows[i] = static_cast<std::int64_t>(sums.rows[i]);
     if (sums.elements[i] == 0.0) continue;
-    const double apart = mean(sums.differences, i);
-    const double norm = std::max(mean(sums.expected, i), 0.01 * largest);
+    const double apart = std::sqrt(sums.differences[i]);
+    const double norm = std::max(std::sqrt(sums.expected[i]), std::sqrt(sums.terms[i]) / 8.0);
     errors.relative[i] = apart == 0.0 ? 0.0 : apart / norm;
     if (std::isnan(errors.relative[i])) {
       errors.relative[i] = std::numeric_limits<double>::infinity();
@@ -243,12 +280,12 @@ GradientErrors compare_gradients(Communicator& ranks, Communicator& alone, const
   const Shape& keys = input.shape(CheckpointField::key);
   const auto dims = static_cast<double>(queries[3] + input.shape(CheckpointField::value)[3]);
   if (check.has(kQuery)) {
-    const double row_work = 3.0 * static_cast<double>(keys[1]) * dims;
+    const double row_work = 5.0 * static_cast<double>(keys[1]) * dims;
     shared_out(sample_rows(queries, {row_work, kWork, 64, kSeed}),
                [&](const RowSample& sample) { check.check_queries(sample); });
   }
   if (check.has(kKey) || check.has(kValue)) {
-    const double row_work = 2.0 * static_cast<double>(queries[1] * (queries[2] / keys[2])) * dims;
+    const double row_work = 4.0 * static_cast<double>(queries[1] * (queries[2] / keys[2])) * dims;
     shared_out(sample_rows(keys, {row_work, kWork, kMostKeyHeads, kSeed}),
                [&](const RowSample& sample) { check.check_keys(sample); });
   }

@@ -16,7 +16,8 @@ namespace annulus::launch {
 struct GradientErrors {
   static constexpr std::array<std::string_view, 3> kNames = {"query", "key", "value"};
 
-  /// Norm of the differences over that of the recomputed numbers; -1: not in the output.
+  /// Norm of the differences over that of the recomputed numbers, or over an eighth of that of
+  /// delta's terms in them, where these cancel; -1: not in the output.
   std::array<double, 3> relative = {-1.0, -1.0, -1.0};
   std::array<std::int64_t, 3> rows = {0, 0, 0};
 };
