@@ -88,12 +88,11 @@ BufferUse all_stages_at_once(const AttentionPlan& plan) {
 // As OwnRows::apply() says.
 bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
   return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
-         plan.request().block_rows == 0 &&
-         static_cast<std::size_t>(plan.head_ranks()) <= kernels::cuda::kMaxSegments;
+         plan.request().block_rows == 0;
 }
 
-// As forward_own_rows_in_place() does: q, k, v and O of the others' rows, and the own rows of O
-// that others computed.
+// As forward_own_rows_in_place() does: k and v of all rows, q and O of the others', and the own
+// rows of O that others computed.
 std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
   const PlanRequest& request = plan.request();
   const std::int64_t dims = sizes.head_dim + sizes.value_dim;
@@ -101,7 +100,7 @@ std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& 
   const std::int64_t kv_heads = plan.kv_heads_of(plan.head_rank()).size();
   const std::int64_t own_rows = request.q_layout.rows(plan.rank());
   const std::int64_t q_rows = request.q_layout.seq() - own_rows;
-  const std::int64_t kv_rows = request.kv_layout.seq() - request.kv_layout.rows(plan.rank());
+  const std::int64_t kv_rows = request.kv_layout.seq();
   const std::int64_t given_back = own_rows * (request.q_heads - heads);
   std::int64_t bytes =
       (q_rows * heads * dims + kv_rows * kv_heads * dims + given_back * sizes.value_dim) *

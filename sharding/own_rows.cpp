@@ -47,7 +47,6 @@ bool OwnRows::apply(const Communicator& heads, const AttentionPlan& plan,
   problem.k = contiguous(problem.k);
   problem.v = contiguous(problem.v);
   return plan.groups() == 1 && heads.carrier() == Communicator::Carrier::copy_engine &&
-         static_cast<std::size_t>(heads.size()) <= kernels::cuda::kMaxSegments &&
          may_compute_segments(plan, problem, options);
 }
 
@@ -61,6 +60,20 @@ OwnRows::OwnRows(const AttentionPlan& plan)
     others_.push_back({chunk.rank, {other_rows_, chunk.global}});
     other_runs_.push_back(others_.back().run);
     other_rows_ += chunk.global.size();
+  }
+  for (const SequenceLayout::Chunk& chunk : plan.request().kv_layout.chunks()) {
+    const RowRun run{chunk.global.begin, chunk.global};
+    all_keys_.push_back(run);
+    if (chunk.rank == self_) continue;
+    other_keys_.push_back(run);
+    keys_of_others_.push_back({chunk.rank, run});
+  }
+}
+
+void OwnRows::place_own_keys(const ConstTensorView& own, const TensorView& all,
+                             Stream stream) const {
+  for (const RowRun& run : plan_.request().kv_layout.runs(self_)) {
+    copy(own.slice(1, run.rows()).slice(2, kv_heads_), all.slice(1, run.global), stream);
   }
 }
 

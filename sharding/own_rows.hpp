@@ -46,6 +46,12 @@ class OwnRows {
   std::span<const RankRun> others() const { return others_; }
   std::span<const RowRun> other_runs() const { return other_runs_; }
   std::int64_t other_rows() const { return other_rows_; }
+  /// Keys of all rows, and of the others', as they stand in a tensor of all: in global order.
+  std::span<const RowRun> all_keys() const { return all_keys_; }
+  std::span<const RowRun> other_keys() const { return other_keys_; }
+  std::span<const RankRun> keys_of_others() const { return keys_of_others_; }
+  /// Puts this rank's own rows, for its KV heads, where they stand there.
+  void place_own_keys(const ConstTensorView& own, const TensorView& all, Stream stream) const;
 
   /// KV heads that `q_heads` read, and what they are to the kernel.
   Span kv_heads_for(Span q_heads) const;
@@ -68,6 +74,9 @@ class OwnRows {
   std::vector<RankRun> others_;
   std::vector<RowRun> other_runs_;
   std::int64_t other_rows_ = 0;
+  std::vector<RowRun> all_keys_;
+  std::vector<RowRun> other_keys_;
+  std::vector<RankRun> keys_of_others_;
 };
 
 /// The rows of `rank` as they stand in its shard, to or from `peer`.

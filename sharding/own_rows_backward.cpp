@@ -42,13 +42,6 @@ class OwnRowsBackward {
          {&local_.problem.q, &local_.problem.k, &local_.problem.v, &local_.grad_o}) {
       *view = lying_well(*view, local.stream, moved_);
     }
-    for (const SequenceLayout::Chunk& chunk : kv_layout_.chunks()) {
-      const RowRun run{chunk.global.begin, chunk.global};
-      all_keys_.push_back(run);
-      if (chunk.rank == rows_.self()) continue;
-      other_keys_.push_back(run);
-      keys_of_others_.push_back({chunk.rank, run});
-    }
   }
 
   void run(ExecutionAccounting& accounting) {
@@ -128,8 +121,8 @@ class OwnRowsBackward {
     grad_o_ = tensor(dtype, others, q_heads, problem.value_dim());
     other_statistics_ = tensor(DType::f32, others, q_heads, 2);
     std::vector<Receive> receives;
-    OwnRows::receive_runs(k_.view, keys_of_others_, receives);
-    OwnRows::receive_runs(v_.view, keys_of_others_, receives);
+    OwnRows::receive_runs(k_.view, rows_.keys_of_others(), receives);
+    OwnRows::receive_runs(v_.view, rows_.keys_of_others(), receives);
     OwnRows::receive_runs(q_.view, rows_.others(), receives);
     OwnRows::receive_runs(grad_o_.view, rows_.others(), receives);
     OwnRows::receive_runs(other_statistics_.view, rows_.others(), receives);
@@ -138,13 +131,8 @@ class OwnRowsBackward {
 
   void arrive() {
     rows_come_->wait(local_.stream);
-    for (const RowRun& run : kv_layout_.runs(rows_.self())) {
-      const auto own = [&](const ConstTensorView& keys) {
-        return keys.slice(1, run.rows()).slice(2, rows_.kv_heads());
-      };
-      copy(own(local_.problem.k), k_.view.slice(1, run.global), local_.stream);
-      copy(own(local_.problem.v), v_.view.slice(1, run.global), local_.stream);
-    }
+    rows_.place_own_keys(local_.problem.k, k_.view, local_.stream);
+    rows_.place_own_keys(local_.problem.v, v_.view, local_.stream);
     const Shape shape{batch(), rows_.q_heads().size(), rows_.other_rows()};
     lse_ = DeviceTensor(DType::f32, shape, local_.stream);
     delta_ = DeviceTensor(DType::f32, shape, local_.stream);
@@ -214,13 +202,13 @@ class OwnRowsBackward {
     }
     read_all_keys(call);
     call.overwrites_kv = true;
-    compute(call, rows_.q_heads(), rows_.other_runs(), all_keys_);
+    compute(call, rows_.q_heads(), rows_.other_runs(), rows_.all_keys());
   }
 
   void compute_other_keys() const {
     BackwardCall call = own_queries(rows_.q_heads());
     read_all_keys(call);
-    compute(call, rows_.q_heads(), q_layout_.runs(rows_.self()), other_keys_);
+    compute(call, rows_.q_heads(), q_layout_.runs(rows_.self()), rows_.other_keys());
   }
 
   // Gradients of this rank's rows that `peer` computed for its heads come to rows of their own.
@@ -248,8 +236,8 @@ class OwnRowsBackward {
   void give_back_keys() {
     std::vector<Send> sends;
     std::vector<Receive> receives;
-    OwnRows::send_runs(grad_k_.view, keys_of_others_, sends);
-    OwnRows::send_runs(grad_v_.view, keys_of_others_, sends);
+    OwnRows::send_runs(grad_k_.view, rows_.keys_of_others(), sends);
+    OwnRows::send_runs(grad_v_.view, rows_.keys_of_others(), sends);
     for (int peer = 0; peer < heads_.size(); ++peer) {
       if (peer == rows_.self()) continue;
       for (const TensorView& into : {local_.grad_k, local_.grad_v}) {
@@ -282,8 +270,6 @@ class OwnRowsBackward {
   const SequenceLayout& q_layout_;   // of the ranks
   const SequenceLayout& kv_layout_;
   OwnRows rows_;
-  std::vector<RowRun> all_keys_, other_keys_;  // as they stand in k_ and v_: in global order
-  std::vector<RankRun> keys_of_others_;
   DeviceTensor statistics_;                     // LSE and delta of the own rows, all heads
   DeviceTensor q_, grad_o_, other_statistics_;  // of the others' rows
   DeviceTensor lse_, delta_;                    // the same as kernels read them

@@ -100,9 +100,13 @@ bool forward_in_one_launch(Communicator& ranks, const AttentionPlan& plan, const
   // The kernel begins with this rank's own keys while the host still waits for its peers. Where the
   // way of the rows is not known all copies are queued before it: it then waits for no host.
   const bool kernel_first = feed.may_follow_kernel();
-  if (!kernel_first) {
+  {
     const ScopedTimer timer(accounting.exposed_seconds());
-    bring_rows();
+    if (kernel_first) {
+      feed.progress();  // what has been announced is under way before the launch
+    } else {
+      bring_rows();
+    }
   }
   {
     // Ends behind the copies: what a stream holds between the kernel and them might hold them up.
