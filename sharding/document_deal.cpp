@@ -10,15 +10,18 @@ namespace {
 
 using Chunk = SequenceLayout::Chunk;
 
-constexpr double kBalancedArea = 1.02;
+constexpr double kBalancedWork = 1.02;
 constexpr double kBalancedRows = 1.15;
 constexpr double kBalancedRowsOfOne = 1.25;  // of one document: a window's first rows see few keys
+// Work is counted in pairs: a tile of queries takes as long as one and a half blocks of keys beside
+// those that it sees.
+constexpr std::int64_t kPairsOfRow = 192;
 
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 struct Document {
   Span rows;
-  std::int64_t area = 0;
+  std::int64_t work = 0;
   std::vector<Slice> slices;
 };
 
@@ -39,7 +42,7 @@ std::vector<Document> documents_of(const MaskSlices& mask, std::int64_t batch, s
     }
     Document& last = documents.back();
     last.rows.end = std::max(last.rows.end, hull.end);
-    last.area += area;
+    last.work += area;
     last.slices.push_back(slice);
   }
   if (documents.empty()) return documents;
@@ -48,35 +51,44 @@ std::vector<Document> documents_of(const MaskSlices& mask, std::int64_t batch, s
     documents[i].rows.end = documents[i + 1].rows.begin;
   }
   documents.back().rows.end = seq;
+  for (Document& document : documents) {
+    document.work += batch * kPairsOfRow * document.rows.size();
+  }
   return documents;
 }
 
-std::int64_t area_within(const Document& document, Span rows, std::int64_t copies) {
-  std::int64_t area = 0;
+// How often a slice of the mask, and a row, occur.
+struct Copies {
+  std::int64_t slices;
+  std::int64_t rows;
+};
+
+std::int64_t work_within(const Document& document, Span rows, Copies copies) {
+  std::int64_t work = copies.rows * kPairsOfRow * rows.size();
   for (const Slice& slice : document.slices) {
-    area += copies * clip(slice, rows, slice.k).area();
+    work += copies.slices * clip(slice, rows, slice.k).area();
   }
-  return area;
+  return work;
 }
 
 // What each rank has so far.
 struct Loads {
-  explicit Loads(int ranks) : area(index(ranks), 0), rows(index(ranks), 0) {}
-  void add(int rank, std::int64_t more_area, std::int64_t more_rows) {
-    area[index(rank)] += more_area;
+  explicit Loads(int ranks) : work(index(ranks), 0), rows(index(ranks), 0) {}
+  void add(int rank, std::int64_t more_work, std::int64_t more_rows) {
+    work[index(rank)] += more_work;
     rows[index(rank)] += more_rows;
   }
   bool balanced(double most_rows = kBalancedRows) const {
-    return imbalance(area) <= kBalancedArea && imbalance(rows) <= most_rows;
+    return imbalance(work) <= kBalancedWork && imbalance(rows) <= most_rows;
   }
-  std::vector<std::int64_t> area;
+  std::vector<std::int64_t> work;
   std::vector<std::int64_t> rows;
 };
 
-// Cuts the sequence where the area reaches another rank's share: beside a document where one ends
+// Cuts the sequence where the work reaches another rank's share: beside a document where one ends
 // about there, else within it, where that is the same at the end of a kernel's tile.
-std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& documents,
-                                              std::int64_t copies, std::int64_t total, int ranks) {
+std::optional<std::vector<Chunk>> cut_by_work(const std::vector<Document>& documents, Copies copies,
+                                              std::int64_t total, int ranks) {
   constexpr double kSlack = 0.005;      // of a share, on either side
   constexpr double kTileSlack = 0.008;  // for a whole tile
   constexpr std::int64_t kTileRows = 128;
@@ -84,18 +96,18 @@ std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& docum
   std::vector<Chunk> chunks;
   Loads loads(ranks);
   std::int64_t begin = 0;
-  std::int64_t begin_area = 0;
-  std::int64_t before = 0;  // area of the documents before this one
+  std::int64_t begin_work = 0;
+  std::int64_t before = 0;  // work of the documents before this one
   int rank = 0;
-  const auto cut = [&](std::int64_t end, std::int64_t end_area) {
+  const auto cut = [&](std::int64_t end, std::int64_t end_work) {
     chunks.push_back({{begin, end}, rank, 0});
-    loads.add(rank, end_area - begin_area, end - begin);
+    loads.add(rank, end_work - begin_work, end - begin);
     begin = end;
-    begin_area = end_area;
+    begin_work = end_work;
     ++rank;
   };
   for (const Document& document : documents) {
-    const std::int64_t after = before + document.area;
+    const std::int64_t after = before + document.work;
     while (rank + 1 < ranks) {
       const double wanted = share * (rank + 1);
       if (static_cast<double>(after) < wanted - kSlack * share) break;
@@ -103,22 +115,22 @@ std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& docum
         cut(document.rows.end, after);
         break;
       }
-      const auto area_until = [&](std::int64_t row) {
-        return before + area_within(document, {document.rows.begin, row}, copies);
+      const auto work_until = [&](std::int64_t row) {
+        return before + work_within(document, {document.rows.begin, row}, copies);
       };
       // The first row at which the share is reached.
       Span rows = document.rows;
       while (rows.size() > 1) {
         const std::int64_t middle = rows.begin + rows.size() / 2;
-        const auto area = static_cast<double>(area_until(middle));
-        (area < wanted ? rows.begin : rows.end) = middle;
+        const auto found = static_cast<double>(work_until(middle));
+        (found < wanted ? rows.begin : rows.end) = middle;
       }
       const std::int64_t whole_tiles = (rows.end + kTileRows / 2) / kTileRows * kTileRows;
-      const double off = std::abs(static_cast<double>(area_until(whole_tiles)) - wanted);
+      const double off = std::abs(static_cast<double>(work_until(whole_tiles)) - wanted);
       const bool is_near = whole_tiles < document.rows.end && off <= kTileSlack * share;
       const std::int64_t end = is_near ? whole_tiles : rows.end;
       if (end <= begin) return std::nullopt;
-      cut(end, area_until(end));
+      cut(end, work_until(end));
     }
     before = after;
   }
@@ -128,13 +140,13 @@ std::optional<std::vector<Chunk>> cut_by_area(const std::vector<Document>& docum
   return chunks;
 }
 
-// Ranks by what they have, least area first.
+// Ranks by what they have, least work first.
 class RankQueue {
  public:
   RankQueue(int ranks, std::int64_t most_rows) : loads_(ranks), most_rows_(most_rows) {
     for (int rank = 0; rank < ranks; ++rank) order_.insert({0, rank});
   }
-  /// The rank with the least area among the first few with room for so many rows; -1: none.
+  /// The rank with the least work among the first few with room for so many rows; -1: none.
   int least(std::int64_t rows) const {
     constexpr int kTried = 32;
     int tried = 0;
@@ -143,10 +155,10 @@ class RankQueue {
     }
     return -1;
   }
-  void add(int rank, std::int64_t area, std::int64_t rows) {
-    order_.erase({loads_.area[index(rank)], rank});
-    loads_.add(rank, area, rows);
-    order_.insert({loads_.area[index(rank)], rank});
+  void add(int rank, std::int64_t work, std::int64_t rows) {
+    order_.erase({loads_.work[index(rank)], rank});
+    loads_.add(rank, work, rows);
+    order_.insert({loads_.work[index(rank)], rank});
   }
   const Loads& loads() const { return loads_; }
 
@@ -158,35 +170,35 @@ class RankQueue {
 
 struct Unit {
   Span rows;
-  std::int64_t area = 0;
+  std::int64_t work = 0;
 };
 
-// Units of the most area first, each to the rank with the least.
+// Units of the most work first, each to the rank with the least.
 bool deal_units(std::vector<Unit> units, RankQueue& queue, std::vector<Chunk>& chunks) {
   std::stable_sort(units.begin(), units.end(),
-                   [](const Unit& a, const Unit& b) { return a.area > b.area; });
+                   [](const Unit& a, const Unit& b) { return a.work > b.work; });
   for (const Unit& unit : units) {
     const int rank = queue.least(unit.rows.size());
     if (rank < 0) return false;
-    queue.add(rank, unit.area, unit.rows.size());
+    queue.add(rank, unit.work, unit.rows.size());
     chunks.push_back({unit.rows, rank, 0});
   }
   return true;
 }
 
 // Documents whole, unless one is more than `largest`: those go in pieces of so many rows.
-std::optional<std::vector<Chunk>> deal_whole(const std::vector<Document>& documents,
-                                             std::int64_t copies, std::int64_t seq, int ranks,
-                                             double largest, std::int64_t piece_rows) {
+std::optional<std::vector<Chunk>> deal_whole(const std::vector<Document>& documents, Copies copies,
+                                             std::int64_t seq, int ranks, double largest,
+                                             std::int64_t piece_rows) {
   std::vector<Unit> units;
   for (const Document& document : documents) {
-    if (static_cast<double>(document.area) <= largest) {
-      units.push_back({document.rows, document.area});
+    if (static_cast<double>(document.work) <= largest) {
+      units.push_back({document.rows, document.work});
       continue;
     }
     for (std::int64_t begin = document.rows.begin; begin < document.rows.end; begin += piece_rows) {
       const Span rows{begin, std::min(begin + piece_rows, document.rows.end)};
-      units.push_back({rows, area_within(document, rows, copies)});
+      units.push_back({rows, work_within(document, rows, copies)});
     }
   }
   const auto most_rows =
@@ -212,10 +224,10 @@ std::optional<std::vector<Chunk>> deal_documents(const MaskSlices& mask, std::in
   if (!one_length) return std::nullopt;
   const std::vector<Document> documents = documents_of(mask, batch, seq);
   if (documents.empty() || ranks < 2) return std::nullopt;
-  const std::int64_t copies = mask.batch_offsets.empty() ? batch : 1;
+  const Copies copies{mask.batch_offsets.empty() ? batch : 1, batch};
   std::int64_t total = 0;
-  for (const Document& document : documents) total += document.area;
-  if (auto chunks = cut_by_area(documents, copies, total, ranks)) return chunks;
+  for (const Document& document : documents) total += document.work;
+  if (auto chunks = cut_by_work(documents, copies, total, ranks)) return chunks;
   if (documents.size() < 2) return std::nullopt;
   const double share = static_cast<double>(total) / ranks;
   for (const double largest : {1.0, 0.5, 0.25, 0.125}) {
