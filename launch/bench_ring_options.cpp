@@ -28,8 +28,9 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_option("--dtype", options.plan.dtype, "of the tensors")
       ->check(CLI::IsMember({"f32", "bf16", "f16"}));
   app.add_option("--mask", options.plan.mask, "as in annulus plan");
-  app.add_option("--layout", options.plan.layout, "how rows are dealt")
-      ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
+  const CLI::Option* const layout =
+      app.add_option("--layout", options.plan.layout, "how rows are dealt; --op auto: balanced")
+          ->check(CLI::IsMember({"contiguous", "zigzag", "balanced"}));
   app.add_flag_callback(
       "--messages", [&options] { options.in_place = false; },
       "send rows instead of reading them in place");
@@ -50,6 +51,8 @@ std::optional<RingOptions> parse_ring_options(Arguments arguments) {
   app.add_option("--rates-out", options.rates_out, "write the measured rates for annulus plan");
   app.add_flag("--json", options.plan.json, "print for machines");
   if (!parse(app, arguments)) return std::nullopt;
+  // As in annulus plan: a zigzag cuts a window in two places.
+  if (options.plan.operation == "auto" && layout->count() == 0) options.plan.layout = "balanced";
   return options;
 }
 

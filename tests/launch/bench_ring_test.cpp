@@ -5,12 +5,22 @@
 #include <string>
 #include <vector>
 
+#include "launch/bench_ring_options.hpp"
 #include "tests/launch/program.hpp"
 
 namespace annulus {
 namespace {
 
 using namespace testing;
+
+TEST(BenchRing, DealsRowsByTheMaskWhereTheSchemeIsChosen) {
+  const auto layout_of = [](const std::vector<std::string>& arguments) {
+    return launch::parse_ring_options(arguments)->plan.layout;
+  };
+  EXPECT_EQ(layout_of({}), "zigzag");
+  EXPECT_EQ(layout_of({"--op", "auto"}), "balanced");
+  EXPECT_EQ(layout_of({"--op", "auto", "--layout", "zigzag"}), "zigzag");
+}
 
 struct MemoryCase {
   std::string name;
