@@ -85,12 +85,6 @@ BufferUse all_stages_at_once(const AttentionPlan& plan) {
   return use;
 }
 
-// As OwnRows::apply() says.
-bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
-  return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
-         plan.request().block_rows == 0;
-}
-
 // As forward_own_rows_in_place() does: k and v of all rows, q and O of the others', and the own
 // rows of O that others computed.
 std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
@@ -219,6 +213,11 @@ std::int64_t shard_bytes(const AttentionPlan& plan, const AttentionSizes& sizes,
 
 RowAccess row_access(const Rates& rates) {
   return {rates.reads_in_place || rates.one_device, rates.one_launch, rates.one_device};
+}
+
+bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
+  return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
+         plan.request().block_rows == 0;
 }
 
 bool is_one_call_on_one_device(const AttentionPlan& plan, const AttentionSizes& sizes,

@@ -25,6 +25,8 @@ std::int64_t backward_buffer_bytes(const AttentionPlan& plan, const AttentionSiz
 /// rank's rows where they lie, backward over all of them as one tensor.
 bool is_one_call_on_one_device(const AttentionPlan& plan, const AttentionSizes& sizes,
                                bool backward);
+/// Whether a rank that exchanges heads reads and writes its own rows where they lie (see OwnRows).
+bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access);
 /// Bytes of a rank's own q, k, v, o and LSE, and of gradients where `backward`.
 std::int64_t shard_bytes(const AttentionPlan& plan, const AttentionSizes& sizes, bool backward);
 

@@ -40,6 +40,7 @@ class RankWalk {
     for (const Stage& stage : plan_.stages()) stages_[stage.number] = &stage;
     in_place_ = rates.reads_in_place || (rates.one_device && plan_.scheme() != Scheme::all_gather);
     joined_ = reads_all_in_place();
+    own_rows_ = rates.hides_node_transfers && computes_own_rows_in_place(plan_, row_access(rates));
     exchange_heads();
     clock_ = timeline_.head_exchange_seconds + share_seconds();
     timeline_.exposed_seconds = clock_;
@@ -94,7 +95,8 @@ class RankWalk {
     }
     // What kernels cannot hide, and what goes on after the last of them.
     const double beside = timeline_.compute_seconds * (1.0 - 1.0 / head_parts_);
-    const double back = heads_back_seconds_ + std::max(heads_beside_seconds_ - beside, 0.0);
+    double back = heads_back_seconds_ + std::max(heads_beside_seconds_ - beside, 0.0);
+    if (own_rows_) back = others_seconds();
     timeline_.exposed_seconds += back;
     timeline_.seconds = clock_ + back;
     return std::move(timeline_);
@@ -220,6 +222,7 @@ class RankWalk {
 
   // All-gather computes KV head by KV head.
   double calls() const {
+    if (own_rows_) return pass_ == Pass::forward ? 3.0 : 4.0;
     const bool by_head = plan_.scheme() == Scheme::all_gather;
     return by_head ? static_cast<double>(plan_.request().kv_heads) : head_parts_;
   }
@@ -241,6 +244,11 @@ class RankWalk {
   // the first part's way in and the last one's way back go on beside kernels.
   void exchange_heads() {
     if (plan_.head_ranks() == 1) return;
+    if (own_rows_) {
+      const auto sent = static_cast<double>(timeline_.bytes_sent) - result_bytes();
+      timeline_.head_exchange_seconds = sent / rates_.copy_bandwidth;  // to pack
+      return;
+    }
     std::int64_t stage_bytes = 0;
     for (const Stage& stage : plan_.stages()) {
       const LinkBytes sent = row_bytes_of(stage.sends);
@@ -259,6 +267,39 @@ class RankWalk {
     const double back_share = pass_ == Pass::forward ? 1.0 / 3.0 : 0.5;
     heads_back_seconds_ = exposed * back_share + rates_.latency_seconds;
     timeline_.head_exchange_seconds = exposed * (1.0 - back_share) + rates_.latency_seconds;
+  }
+
+  // What a rank computed of the others' rows: O and LSE, or dQ, dK and dV in fp32.
+  double result_bytes() const {
+    const PlanRequest& request = plan_.request();
+    const auto others = [&](const SequenceLayout& layout) {
+      return static_cast<double>(request.batch * (layout.seq() - layout.rows(plan_.rank())));
+    };
+    const auto heads = static_cast<double>(plan_.q_heads_of(plan_.head_rank()).size());
+    const double rows = others(request.q_layout) * heads;
+    if (pass_ == Pass::forward) {
+      return rows * static_cast<double>(sizes_.value_dim * sizes_.element_bytes + kFloatBytes);
+    }
+    return rows * static_cast<double>(sizes_.head_dim * kFloatBytes) +
+           others(request.kv_layout) * static_cast<double>(kv_row_elements() * kFloatBytes);
+  }
+
+  // Own rows of half of the heads are computed first, while the others' come, and of the other half
+  // last, while results return: what lasts longer, and what is copied or added before and after.
+  double others_seconds() const {
+    const double ranks = plan_.head_ranks();
+    const double results = result_bytes();
+    const bool forward = pass_ == Pass::forward;
+    // Backward only beside the own keys.
+    const double first = timeline_.compute_seconds / (2.0 * ranks * (forward ? 1.0 : ranks));
+    const double last =
+        forward ? first : timeline_.compute_seconds * (1.0 / ranks - 0.5 / (ranks * ranks));
+    const bool inside = plan_.head_ranks() <= rates_.node_ranks;
+    const double bandwidth = inside ? rates_.node_bandwidth : rates_.network_bandwidth;
+    const double coming = (static_cast<double>(timeline_.bytes_sent) - results) / bandwidth;
+    return std::max(rates_.latency_seconds + coming - first, 0.0) +
+           std::max(rates_.latency_seconds + results / bandwidth - last, 0.0) +
+           (forward ? 2.0 : 3.0) * results / rates_.copy_bandwidth;
   }
 
   int main_peer(const Stage& stage) const {
@@ -285,6 +326,7 @@ class RankWalk {
   double heads_beside_seconds_ = 0.0;  // moving, while parts are computed
   bool in_place_ = false;              // rows of the node are read where they lie
   bool joined_ = false;
+  bool own_rows_ = false;  // are read and written where they lie
   bool computed_ = false;  // a stage before
 };
 

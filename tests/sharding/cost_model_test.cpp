@@ -238,6 +238,28 @@ TEST(Simulate, ExchangesHeadsBesideKernelsButForTheFirstAndTheLastPart) {
   EXPECT_NEAR(seconds(), compute + bytes / rates.node_bandwidth, 1e-6);
 }
 
+TEST(Simulate, LeavesOwnRowsWhereTheyLieInAnExchangeOfHeads) {
+  const AttentionSizes sizes{128, 128, 2, true};
+  auto request = request_of(causal_mask(), 16384, 2, Scheme::ulysses);
+  request->q_heads = 64;
+  request->kv_heads = 8;
+  Rates in_place = default_rates(Device::cuda);
+  Rates in_parts = in_place;
+  in_parts.one_launch = false;
+  Rates slow = in_place;
+  slow.node_bandwidth = 1e10;
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    const RankTimeline own = simulate(request, sizes, in_place, pass).timelines.front();
+    const RankTimeline parts = simulate(request, sizes, in_parts, pass).timelines.front();
+    // What travels is hidden but on a slow link; what is packed and unpacked never is.
+    const double sent = static_cast<double>(own.bytes_sent);
+    EXPECT_LT(own.exposed_seconds, 0.7 * parts.exposed_seconds);
+    EXPECT_GT(own.exposed_seconds, sent / in_place.copy_bandwidth);
+    const double exposed = simulate(request, sizes, slow, pass).timelines.front().exposed_seconds;
+    EXPECT_GT(exposed, 0.5 * sent / slow.node_bandwidth);
+  }
+}
+
 TEST(Simulate, ReadsAndAddsInPlaceWhereRanksShareADevice) {
   const AttentionSizes sizes{kDim, kDim, 2, true};
   const int ranks = 4;
