@@ -260,6 +260,25 @@ TEST(Verify, RecomputesGradientsOfEveryMaskAndOption) {
   }
 }
 
+// Two parts of the query heads need the second of three KV heads; one of them writes its gradient.
+TEST(Run, WritesGradientsOfHeadsThatSeveralRanksShare) {
+  const TemporaryFolder folder;
+  const std::string input = folder.file("in.h5");
+  const std::string output = folder.file("out.h5");
+  QkvFile file;
+  file.query = {2, 20, 6, 16};
+  file.key = file.value = {2, 20, 3, 16};
+  file.write(input);
+  for (const auto& [ranks, mesh] : {std::pair{2, "tp=2"}, std::pair{4, "sp=2,tp=2"}}) {
+    const Outcome run =
+        run_annulus(ranks, {"run", "--op", "ring", "--mesh", mesh, "--input", input, "--output",
+                            output, "--force", "--backward", "--grad-output", "query"});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+    const Outcome verify = run_annulus(0, {"verify", output, "--input", input});
+    EXPECT_EQ(verify.exit_code, 0) << mesh << "\n" << verify.out << verify.err;
+  }
+}
+
 // With one key dP is delta: what is left of dQ and dK are roundings of O, whatever its norm.
 TEST(Verify, AcceptsGradientsThatCancel) {
   const TemporaryFolder folder;
