@@ -21,8 +21,8 @@ HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 
 /// Places in the stream ahead of what is read: the processor forgets some of what it is asked for,
-/// and what was asked for again arrives. Keys are asked for three times, values, whose loop has
-/// more to load, twice.
+/// and what was asked for again arrives. One line in 500 that did not come in time costs what is
+/// missing at the rate of memory: the middle place of keys is asked for twice, a product apart.
 struct Ahead {
   const char* far = nullptr;
   const char* middle = nullptr;
@@ -75,7 +75,7 @@ HWY_INLINE void score_two(const RowPair& k, const Ahead& ahead, const float* HWY
         odd[r] = Rows::multiply(key[1][i], of_q, odd[r]);
         const std::int64_t byte = 2 * Rows::kBytes * at + r / 2 * kLineBytes;
         if (r % 2 == 0) ahead.ask_far(byte);
-        if (r % 2 == 1) ahead.ask_middle(byte);
+        ahead.ask_middle(byte);
         if (r % 2 == 1) ahead.ask_near(byte);
       }
     }
@@ -85,19 +85,43 @@ HWY_INLINE void score_two(const RowPair& k, const Ahead& ahead, const float* HWY
   hn::Store(hn::Add(hn::ConcatLowerLower(d, b, a), hn::ConcatUpperUpper(d, b, a)), d, x);
 }
 
-/// o += p·V for the values of kQuadKeys tokens. Asks for as many lines as it reads.
+/// Tokens whose values are added to O at a time: four operands for each load and store of a sum.
+template <class Rows>
+inline constexpr std::int64_t kPassTokens = kQuadKeys* Rows::kTokens;
+
+/// Operands of the values of kPassTokens tokens in kPair columns.
 template <class Rows, int kColumns>
-HWY_INLINE void add_four(const char* const* HWY_RESTRICT v, std::int64_t offset, const Ahead& ahead,
-                         const std::uint32_t* HWY_RESTRICT p, float* HWY_RESTRICT o) {
+HWY_INLINE void load_values(const char* const* HWY_RESTRICT v, std::int64_t offset,
+                            std::int64_t column, FloatVec value[kQuadKeys][2]) {
+  constexpr bool kTwoRows = Rows::kTokens == 2;
+  HWY_UNROLL(4)
+  for (int i = 0; i < kQuadKeys; ++i) {
+    const char* row = v[i * Rows::kTokens] + offset;
+    FloatVec first = as_floats(Rows::load(row, column, kColumns));
+    hold(first);
+    if constexpr (kTwoRows) row = v[2 * i + 1] + offset;
+    FloatVec second = as_floats(Rows::load(row, kTwoRows ? column : column + kLanes, kColumns));
+    hold(second);
+    Rows::operands(_mm512_castps_si512(first.raw), _mm512_castps_si512(second.raw), value[i]);
+  }
+}
+
+/// o += p·V for the values of kPassTokens tokens of a head. Asks for as many lines as it reads in
+/// the order of memory, of four heads of a token a place of `ahead`, and once more for those of the
+/// next pass, which it would read next but for the other heads.
+template <class Rows, int kColumns>
+HWY_INLINE void add_pass(const char* const* HWY_RESTRICT v, std::int64_t offset,
+                         const Ahead* HWY_RESTRICT ahead, const std::uint32_t* HWY_RESTRICT p,
+                         float* HWY_RESTRICT o) {
   const Floats d;
   const hn::RebindToUnsigned<Floats> du;
-  constexpr int kSteps = static_cast<int>(kQuadKeys) / Rows::kTokens;
-  constexpr bool kTwoRows = Rows::kTokens == 2;
-  constexpr std::int64_t kLines = kQuadKeys * kPair * Rows::kBytes / kLineBytes;
+  constexpr std::int64_t kRowLines = kPair * Rows::kBytes / kLineBytes;
+  constexpr std::int64_t kLines = kPassTokens<Rows> * kRowLines;
+  constexpr std::int64_t kPlaceBytes = kQuadKeys * kColumns * Rows::kBytes;
   const std::int64_t o_stride = round_up(kColumns, kPair);
-  FloatVec weight[kSteps][kQuad];
+  FloatVec weight[kQuadKeys][kQuad];
   HWY_UNROLL(4)
-  for (int i = 0; i < kSteps; ++i) {
+  for (int i = 0; i < kQuadKeys; ++i) {
     HWY_UNROLL(4)
     for (int r = 0; r < kQuad; ++r) {
       weight[i][r] = hn::BitCast(d, hn::Set(du, p[i * kQuad + r]));
@@ -106,32 +130,25 @@ HWY_INLINE void add_four(const char* const* HWY_RESTRICT v, std::int64_t offset,
   }
   HWY_UNROLL(4)
   for (std::int64_t column = 0; column < kColumns; column += kPair) {
-    FloatVec value[kSteps][2];
-    HWY_UNROLL(4)
-    for (int i = 0; i < kSteps; ++i) {
-      const char* row = v[i * Rows::kTokens] + offset;
-      FloatVec first = as_floats(Rows::load(row, column, kColumns));
-      hold(first);
-      if constexpr (kTwoRows) row = v[2 * i + 1] + offset;
-      FloatVec second = as_floats(Rows::load(row, kTwoRows ? column : column + kLanes, kColumns));
-      hold(second);
-      Rows::operands(_mm512_castps_si512(first.raw), _mm512_castps_si512(second.raw), value[i]);
-    }
+    FloatVec value[kQuadKeys][2];
+    load_values<Rows, kColumns>(v, offset, column, value);
     HWY_UNROLL(4)
     for (int r = 0; r < kQuad; ++r) {
       float* at = o + r * o_stride + column;
       FloatVec sum[2] = {hn::Load(d, at), hn::Load(d, at + kLanes)};
       HWY_UNROLL(4)
-      for (int i = 0; i < kSteps; ++i) {
+      for (int i = 0; i < kQuadKeys; ++i) {
         sum[0] = Rows::multiply(value[i][0], weight[i][r], sum[0]);
         sum[1] = Rows::multiply(value[i][1], weight[i][r], sum[1]);
       }
       HWY_UNROLL(2)
-      for (std::int64_t line = 0; line < kLines / kQuad; ++line) {
-        const std::int64_t byte =
-            (column / kPair * kLines + r * kLines / kQuad + line) * kLineBytes;
-        ahead.ask_far(byte);
-        ahead.ask_middle(byte);
+      for (std::int64_t i = 0; i < kLines / kQuad; ++i) {
+        const std::int64_t line = r * kLines / kQuad + i;
+        const std::int64_t byte = (column / kPair * kLines + line) * kLineBytes;
+        ahead[byte / kPlaceBytes].ask_far(byte % kPlaceBytes);
+        ahead[byte / kPlaceBytes].ask_middle(byte % kPlaceBytes);
+        ask<Level::l2>(v[kPassTokens<Rows> + line / kRowLines] + offset + column * Rows::kBytes +
+                       line % kRowLines * kLineBytes);
       }
       hn::Store(sum[0], d, at);
       hn::Store(sum[1], d, at + kLanes);
@@ -312,30 +329,35 @@ class DecodeStream : PairQuads<Rows> {
   }
 
   HWY_NOINLINE void pass_values(const Run& run) {
-    for (std::int64_t token = 0; token < run.count; token += kQuadKeys) {
-      const std::int64_t tile = token / kTile;
-      if (whole(tile_of(run, tile))) {
-        add_whole(run, static_cast<std::size_t>(token));
+    for (std::int64_t token = 0; token < run.count; token += kTile) {
+      const TokenRange tile = tile_of(run, token / kTile);
+      if (whole(tile)) {
+        for (std::int64_t i = 0; i < kTile; i += kPassTokens<Rows>) add_whole(run, token + i);
       } else {
-        const std::int64_t end = std::min(token + kQuadKeys, run.count);
-        for (std::int64_t i = token; i < end; ++i) add_some(run, i);
+        for (std::int64_t i = 0; i < tile.count; ++i) add_some(run, token + i);
       }
     }
   }
 
-  HWY_INLINE void add_whole(const Run& run, std::size_t token) {
-    const auto in_run = static_cast<std::int64_t>(token);
-    const std::uint32_t* p = weights(in_run / kTile, 0) + in_run % kTile / Rows::kTokens * kQuad;
-    const Quad* quad = quads_.data();
+  HWY_INLINE void add_whole(const Run& run, std::int64_t token) {
+    constexpr std::int64_t kPlaceBytes = kQuadKeys * kHeadBytes;
+    const auto first = static_cast<std::size_t>(token);
+    const std::uint32_t* p = weights(token / kTile, 0) + token % kTile / Rows::kTokens * kQuad;
+    const char* const* rows = &run.v[first];  // of what is asked for
+    std::int64_t in_row = 0;
     std::int64_t offset = 0;
-    for (std::size_t row = 0; row < kQuadKeys; ++row) {
-      const char* const* rows = &run.v[token + row];
-      Ahead ahead{rows[far_], rows[far_ / 2], rows[kNear]};
-      for (std::int64_t i = 0; i < problem_.kv_heads() / kQuadKeys; ++i, ++quad, p += kScores) {
-        add_four<Rows, kColumns>(&run.v[token], offset, ahead, opaque(p), quad->o);
-        offset += kHeadBytes;
-        ahead.step_on(kQuadKeys * kHeadBytes);
+    for (const Quad& quad : quads_) {
+      Ahead ahead[kPassTokens<Rows> / kQuadKeys];
+      for (Ahead& place : ahead) {
+        place = {rows[far_] + in_row, rows[far_ * 3 / 4] + in_row, nullptr};
+        in_row += kPlaceBytes;
+        if (in_row < problem_.kv_heads() * kHeadBytes) continue;
+        in_row = 0;
+        ++rows;
       }
+      add_pass<Rows, kColumns>(&run.v[first], offset, ahead, opaque(p), quad.o);
+      offset += kHeadBytes;
+      p += kScores;
     }
   }
 
