@@ -94,7 +94,7 @@ std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& 
   const std::int64_t kv_heads = plan.kv_heads_of(plan.head_rank()).size();
   const std::int64_t own_rows = request.q_layout.rows(plan.rank());
   const std::int64_t q_rows = request.q_layout.seq() - own_rows;
-  const std::int64_t kv_rows = request.kv_layout.seq();
+  const std::int64_t kv_rows = request.kv_layout.seq() - request.kv_layout.rows(plan.rank());
   const std::int64_t given_back = own_rows * (request.q_heads - heads);
   std::int64_t bytes =
       (q_rows * heads * dims + kv_rows * kv_heads * dims + given_back * sizes.value_dim) *
@@ -217,7 +217,8 @@ RowAccess row_access(const Rates& rates) {
 
 bool computes_own_rows_in_place(const AttentionPlan& plan, const RowAccess& access) {
   return access.one_launch && !access.one_device && plan.groups() == 1 && plan.head_ranks() > 1 &&
-         plan.request().block_rows == 0;
+         plan.request().block_rows == 0 &&
+         static_cast<std::size_t>(plan.head_ranks()) <= kernels::cuda::kMaxSegments;
 }
 
 bool is_one_call_on_one_device(const AttentionPlan& plan, const AttentionSizes& sizes,

@@ -47,6 +47,7 @@ bool OwnRows::apply(const Communicator& heads, const AttentionPlan& plan,
   problem.k = contiguous(problem.k);
   problem.v = contiguous(problem.v);
   return plan.groups() == 1 && heads.carrier() == Communicator::Carrier::copy_engine &&
+         static_cast<std::size_t>(heads.size()) <= kernels::cuda::kMaxSegments &&
          may_compute_segments(plan, problem, options);
 }
 

@@ -65,8 +65,6 @@ class OwnRowsForward {
       const RecordedSpan span(options_.recorder, StageRecord::Kind::wait, 1);
       keys_->wait(local_.stream);  // a rank without rows has not waited
       queries_->wait(local_.stream);
-      rows_.place_own_keys(local_.problem.k, k_.view, local_.stream);
-      rows_.place_own_keys(local_.problem.v, v_.view, local_.stream);
     }
     {
       const RecordedSpan span(options_.recorder, StageRecord::Kind::compute, 1);
@@ -86,9 +84,9 @@ class OwnRowsForward {
   }
 
   std::int64_t buffer_bytes() const {
-    std::int64_t bytes = 0;
-    for (const DeviceTensor* one : {&k_, &v_, &q_, &o_, &lse_}) bytes += one->memory.bytes();
-    for (const std::vector<DeviceTensor>* rows : {&moved_, &arriving_o_, &arriving_lse_}) {
+    std::int64_t bytes = q_.memory.bytes() + o_.memory.bytes() + lse_.memory.bytes();
+    for (const std::vector<DeviceTensor>* rows :
+         {&moved_, &k_, &v_, &arriving_o_, &arriving_lse_}) {
       for (const DeviceTensor& one : *rows) bytes += one.memory.bytes();
     }
     return bytes;
@@ -105,18 +103,21 @@ class OwnRowsForward {
     const AttentionProblem& problem = local_.problem;
     std::vector<Send> key_sends, query_sends;
     std::vector<Receive> key_receives, query_receives;
+    k_.resize(index(heads_.size()));
+    v_.resize(index(heads_.size()));
     for (int peer = 0; peer < heads_.size(); ++peer) {
       if (peer == rows_.self()) continue;
       const Span their_kv = plan_.kv_heads_of(peer);
       rows_.send_heads(kv_layout_, problem.k, peer, their_kv, key_sends);
       rows_.send_heads(kv_layout_, problem.v, peer, their_kv, key_sends);
       rows_.send_heads(q_layout_, problem.q, peer, plan_.q_heads_of(peer), query_sends);
+      const Shape kv{batch(), kv_layout_.rows(peer), rows_.kv_heads().size(), 0};
+      k_[index(peer)] = of_dim(problem.k, kv, problem.head_dim());
+      v_[index(peer)] = of_dim(problem.v, kv, problem.value_dim());
+      const std::vector<RankRun> runs = runs_with(peer, kv_layout_, peer);
+      OwnRows::receive_runs(k_[index(peer)].view, runs, key_receives);
+      OwnRows::receive_runs(v_[index(peer)].view, runs, key_receives);
     }
-    const Shape keys{batch(), kv_layout_.seq(), rows_.kv_heads().size(), 0};
-    k_ = of_dim(problem.k, keys, problem.head_dim());
-    v_ = of_dim(problem.v, keys, problem.value_dim());
-    OwnRows::receive_runs(k_.view, rows_.keys_of_others(), key_receives);
-    OwnRows::receive_runs(v_.view, rows_.keys_of_others(), key_receives);
     q_ = of_dim(problem.q, {batch(), rows_.other_rows(), rows_.q_heads().size(), 0},
                 problem.head_dim());
     OwnRows::receive_runs(q_.view, rows_.others(), query_receives);
@@ -129,8 +130,7 @@ class OwnRowsForward {
     return {like.dtype, shape, local_.stream};
   }
 
-  // Writes call.o and call.log_sum_exp. `ready`: the others' keys are waited for, and the own ones
-  // read where they lie, which costs a tile another slice.
+  // Writes call.o and call.log_sum_exp. `ready`: the others' keys are waited for.
   void compute(ForwardCall call, Span q_heads, std::span<const RowRun> q_runs,
                const kernels::cuda::ReadyWords* ready) const {
     if (call.problem.q.shape.elements() == 0) return;
@@ -138,29 +138,30 @@ class OwnRowsForward {
     const Span kv = rows_.kv_heads_for(q_heads);
     call.problem.groups = rows_.groups_of(q_heads, kv);
     if (local_.problem.sinks) call.problem.sinks = local_.problem.sinks.slice(0, q_heads);
+    call.problem.k = local_.problem.k.slice(2, kv);
+    call.problem.v = local_.problem.v.slice(2, kv);
+    std::vector<MaskSlices> slices;  // the segments refer to them
+    slices.reserve(index(heads_.size()));
+    std::vector<kernels::cuda::KvSegment> segments;
     const std::int64_t first = rows_.kv_heads().begin;
     const Span held{kv.begin - first, kv.end - first};
-    call.problem.k = k_.view.slice(2, held);
-    call.problem.v = v_.view.slice(2, held);
-    const auto slices_of = [&](std::span<const RowRun> keys) {
-      const std::vector<RowRun> runs(keys.begin(), keys.end());
-      return localize(plan_.request().mask, q_runs, {&runs, 1});
-    };
-    const MaskSlices brought = slices_of(ready == nullptr ? rows_.all_keys() : rows_.other_keys());
-    const MaskSlices own = ready == nullptr ? MaskSlices() : slices_of(own_keys());
-    std::vector<kernels::cuda::KvSegment> segments;
-    if (!own.slices.empty()) {
-      segments.push_back(
-          {local_.problem.k.slice(2, kv), local_.problem.v.slice(2, kv), own.view()});
-    }
-    if (!brought.slices.empty()) {
-      segments.push_back({call.problem.k, call.problem.v, brought.view(),
-                          ready == nullptr ? nullptr : ready->words,
-                          ready == nullptr ? 0 : ready->value});
+    for (int i = 0; i < heads_.size(); ++i) {
+      const int rank = (rows_.self() + i) % heads_.size();
+      const std::span<const RowRun> runs = kv_layout_.runs(rank);
+      const std::vector<RowRun> kv_runs(runs.begin(), runs.end());
+      slices.push_back(localize(plan_.request().mask, q_runs, {&kv_runs, 1}));
+      if (slices.back().slices.empty()) continue;
+      kernels::cuda::KvSegment segment{call.problem.k, call.problem.v, slices.back().view()};
+      if (rank != rows_.self()) {
+        segment.k = k_[index(rank)].view.slice(2, held);
+        segment.v = v_[index(rank)].view.slice(2, held);
+        segment.ready = ready == nullptr ? nullptr : ready->words;
+        segment.ready_value = ready == nullptr ? 0 : ready->value;
+      }
+      segments.push_back(segment);
     }
     kernels::cuda::forward_segments(call, segments);
   }
-  std::span<const RowRun> own_keys() const { return kv_layout_.runs(rows_.self()); }
 
   void compute_own(Span q_heads, const kernels::cuda::ReadyWords* ready) const {
     ForwardCall call = local_;
@@ -230,8 +231,8 @@ class OwnRowsForward {
   const SequenceLayout& q_layout_;   // of the ranks
   const SequenceLayout& kv_layout_;
   OwnRows rows_;
-  DeviceTensor k_, v_;        // of all rows
-  DeviceTensor q_, o_, lse_;  // of the others' rows; LSE is [batch, rows, heads]
+  std::vector<DeviceTensor> k_, v_;  // by rank
+  DeviceTensor q_, o_, lse_;         // of the others' rows; LSE is [batch, rows, heads]
   std::vector<DeviceTensor> arriving_o_, arriving_lse_;
   std::unique_ptr<Exchange> keys_, queries_, results_;
 };
