@@ -21,8 +21,8 @@ HWY_BEFORE_NAMESPACE();
 namespace annulus::kernels::HWY_NAMESPACE {
 
 /// Places in the stream ahead of what is read: the processor forgets some of what it is asked for,
-/// and what was asked for again arrives. One line in 500 that did not come in time costs what is
-/// missing at the rate of memory: the middle place of keys is asked for twice, a product apart.
+/// and what was asked for again arrives. While one that did not come in time is waited for nothing
+/// else is asked for: the middle place of keys is asked for twice, a product apart.
 struct Ahead {
   const char* far = nullptr;
   const char* middle = nullptr;
