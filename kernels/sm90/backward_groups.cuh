@@ -127,6 +127,7 @@ class BackwardGroup {
         clear_foreign_queries(shared_, at_, kGroupBarrier + group_);
       }
     }
+    if constexpr (!kMasked) start_from_delta(dp);
     await_scores_turn();
     wgmma_fence();
     start_scores(s);
@@ -138,10 +139,12 @@ class BackwardGroup {
       pin_registers(s);
       pass_scores_turn();
       prepare_scores<kSoftCap>(shared_, params_, flags, at_, group_ * 64, s);
-      wgmma_fence();
+      start_from_delta(dp);
     }
+    wgmma_fence();
     issue_scores<Tile, VTile, Tile::kValueDim>(
-        dp, VTile::k_major(values() + group_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()));
+        dp, VTile::k_major(values() + group_ * 64 * VTile::kColumns * 2), VTile::k_major(grad_o()),
+        true);
     if constexpr (kMasked) load_statistics(lse, offsetof(Shared, lse));
     exponentials<kMasked>(s, p, lse);
     const int slot = at_.scores.index;
@@ -314,13 +317,22 @@ class BackwardGroup {
     for (int i = 0; i < kCount / 4; ++i) values[i] = load_shared_pair(first + i * 32);
   }
 
-  /// dS = weight·(dP − δ), times the scale where the tile says so, and P as dV's product takes
-  /// it.
+  /// dP is added to −δ, which dS then need not subtract, nor wait for.
+  __device__ void start_from_delta(float (&dp)[kCount]) const {
+    float2 offset[kCount / 4];
+    load_statistics(offset, offsetof(Shared, delta));
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      dp[i] = dp[i + 2] = offset[i / 4].x;
+      dp[i + 1] = dp[i + 3] = offset[i / 4].y;
+    }
+    pin_registers(dp);
+  }
+
+  /// dS = weight·(dP − δ), and P as dV's product takes it.
   template <bool kMasked>
   __device__ void gradient(const float (&weights)[kCount], float (&dp)[kCount],
                            std::uint32_t (&p)[kCount / 2], std::uint32_t (&ds)[kCount / 2]) {
-    float2 offset[kCount / 4];
-    load_statistics(offset, offsetof(Shared, delta));
     wgmma_wait<0>();
     pin_registers(dp);
 #pragma unroll
@@ -329,15 +341,11 @@ class BackwardGroup {
         if (weights[i] == 0.0F) dp[i] = 0.0F;
         if (weights[i + 1] == 0.0F) dp[i + 1] = 0.0F;
       }
-      const float low = weights[i] * less(dp[i], offset[i / 4].x);
-      const float high = weights[i + 1] * less(dp[i + 1], offset[i / 4].y);
+      const float low = weights[i] * dp[i];
+      const float high = weights[i + 1] * dp[i + 1];
       if constexpr (!kSoftCap) p[i / 2] = pack_pair<Element>(weights[i], weights[i + 1]);
       ds[i / 2] = pack_pair<Element>(low, high);
     }
-  }
-
-  __device__ float less(float dp, float delta) const {
-    return Tile::kScaledGradient ? fmaf(dp, params_.scale, -delta) : dp - delta;
   }
 
   /// This warpgroup's 64 columns of dQᵀ, from a slot of dS.
@@ -418,7 +426,8 @@ class BackwardGroup {
     arrive_warp(&shared_.kv_empty[at_.kv.index]);
     at_.kv.advance();
     take_drain();
-    finish(dv, params_.grad_v, &params_.grad_v_map, 1.0F, item);
+    const float value_scale = Tile::kScaledGradient ? 1.0F / params_.scale : 1.0F;
+    finish(dv, params_.grad_v, &params_.grad_v_map, value_scale, item);
     finish(dk, params_.grad_k, &params_.grad_k_map, drain_scale(), item);
     // The place of dQ goes back as if the draining warp had emptied it.
     if (threadIdx.x % 128 == 0) {

@@ -12,15 +12,16 @@ struct KeyGradient {
   float values[kDim / 2];
 };
 
-/// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ, of 64 keys by all queries; the descriptors are k_major.
+/// Sᵀ = K·Qᵀ, or dPᵀ = V·dOᵀ, of 64 keys by all queries, or added to what is there; the descriptors
+/// are k_major.
 template <typename Tile, typename Layout, int kDim>
 __device__ inline void issue_scores(float (&s)[Tile::kQueries / 2], std::uint64_t a,
-                                    std::uint64_t b) {
+                                    std::uint64_t b, bool accumulate = false) {
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     WgmmaShape<typename Tile::Element, Tile::kQueries>::shared(
         s, advance(a, Layout::k_major_step(step, Tile::kKeys)),
-        advance(b, Layout::k_major_step(step, Tile::kQueries)), step != 0);
+        advance(b, Layout::k_major_step(step, Tile::kQueries)), step != 0 || accumulate);
   }
   wgmma_commit();
 }

@@ -44,15 +44,17 @@ class BackwardRows {
   }
 
   /// To a stage that is empty. A row without keys (LSE -inf) or outside the slice gets LSE +inf, so
-  /// that P = exp2(S - inf) = 0, and δ 0.
+  /// that P = exp2(S - inf) = 0, and δ 0. Where dQ is drained, dP is added to −δ, and LSE may leave
+  /// P a factor.
   __device__ void store(int stage) {
-    const float delta_scale = Tile::kScaledGradient ? params_.scale : 1.0F;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const bool empty = lse_[i] == -INFINITY;
       if (Tile::kQueries % 32 != 0 && lane_ + 32 * i >= Tile::kQueries) break;
-      shared_.lse[stage][lane_ + 32 * i] = empty ? INFINITY : lse_[i] * 1.4426950408889634F;
-      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : delta_[i] * delta_scale;
+      float lse = lse_[i] * 1.4426950408889634F;
+      if constexpr (Tile::kScaledGradient) lse -= __log2f(params_.scale);
+      shared_.lse[stage][lane_ + 32 * i] = empty ? INFINITY : lse;
+      shared_.delta[stage][lane_ + 32 * i] = empty ? 0.0F : Tile::kDrained ? -delta_[i] : delta_[i];
     }
     __syncwarp();
     if (lane_ == 0) {

@@ -52,7 +52,8 @@ struct BackwardTile {
   static constexpr int kDrainRows = kDrained ? kQueries : 16;
   static constexpr int kPieceRows = kDrained && kQueries < 64 ? 64 : kDrainRows;
   static constexpr int kDrains = kDrained ? kGroups : 4;
-  // dS then carries the scale of dQ and dK; f16 would lose small ones by that.
+  // P, and dS with it, then carries the scale of dQ and dK, and dV is divided by it; f16 would lose
+  // small ones by that.
   static constexpr bool kScaledGradient = kDrained && std::is_same_v<Element, __nv_bfloat16>;
   static constexpr int kPieces = kDrained ? 2 : 4;  // of 32 columns
   static_assert(!kDrained || kHeadDim == (kTurns ? 64 : 128));
