@@ -151,7 +151,9 @@ void set_pieces(ForwardParams& params, const TailCut& cut, std::int32_t warps,
                 std::int32_t value_dim, cudaStream_t stream) {
   const std::int32_t cut_tiles = params.tickets - cut.whole;
   params.first_piece = cut.whole;
+  params.cut_tiles = cut_tiles;
   params.pieces = cut.pieces;
+  params.longest_piece = cut.longest;
   params.tickets = cut.whole + cut_tiles * cut.pieces;
   if (cut_tiles == 0) return;
   const std::int64_t lane_bytes =  // a lane holds two rows' statistics and a quarter of their O
@@ -221,9 +223,9 @@ void launch_forward(const ForwardCall& call, std::span<const ForwardSegment> seg
   const int processors = multiprocessors();
   // The next call of a chain fills the multiprocessors that run out of tiles.
   const bool goes_on = call.chained && !call.o;
-  const TailCut cut = goes_on
-                          ? TailCut{params.tickets, 1}
-                          : cut_tail(params.tickets, work.equal_keys / variant.block, processors);
+  const std::int64_t blocks = (work.equal_keys + variant.block - 1) / variant.block;
+  const TailCut cut =
+      goes_on ? TailCut{params.tickets, 1} : cut_tail(params.tickets, blocks, processors);
   set_pieces(params, cut, variant.warpgroups * 4, narrow(problem.value_dim()), stream);
   variant.launch(params, problem.soft_cap > 0.0F, std::min(processors, params.tickets), stream);
 }

@@ -61,8 +61,8 @@ struct ForwardParams {
   bool rows_by_slice;         // a tile of the table ends with the rows of its first slice
   std::int32_t missing_rows;  // of the first tile when there is no table
 
-  // From this ticket on a tile's keys are dealt to so many tickets in a row; the last of them to
-  // be done merges what each has left in `partials`.
+  // From this ticket on a tile's keys are dealt to several tickets; the last of them to be done
+  // merges what each has left in `partials`.
   std::int32_t first_piece, pieces;
   float4* partials;    // [piece][warp][statistics, then O by fours][lane]
   unsigned* arrivals;  // of a tile's warps; 0 before and after each launch
@@ -87,6 +87,9 @@ struct ForwardParams {
   float* row_sum;
   RowStrides o_strides, accumulator_strides;
   RowStrides lse_strides, max_strides, sum_strides;
+
+  // So many tiles are cut; their first pieces, of so many blocks, come before all the others.
+  std::int32_t cut_tiles, longest_piece;
 };
 
 }  // namespace annulus::kernels::sm90

@@ -47,7 +47,7 @@ class ForwardScheduler {
     if (ticket >= params_.tickets) return work;
     const int piece = ticket - params_.first_piece;
     const int2 at =
-        entry_and_unit(piece < 0 ? ticket : params_.first_piece + piece / params_.pieces);
+        entry_and_unit(piece < 0 ? ticket : params_.first_piece + piece % params_.cut_tiles);
     const int entry = at.x;
     const int unit = at.y;
 
@@ -82,10 +82,14 @@ class ForwardScheduler {
   }
 
   __device__ void take_piece(TileWork& work, int piece) const {
-    const int of_tile = piece % params_.pieces;
-    work.skip = work.blocks * of_tile / params_.pieces;
-    work.blocks = work.blocks * (of_tile + 1) / params_.pieces - work.skip;
-    work.piece = 1 + piece;
+    const int of_tile = piece / params_.cut_tiles;
+    const int first = min(params_.longest_piece, work.blocks);
+    const int others = params_.pieces - 1;
+    const int begin = of_tile == 0 ? 0 : first + (work.blocks - first) * (of_tile - 1) / others;
+    const int end = of_tile == 0 ? first : first + (work.blocks - first) * of_tile / others;
+    work.skip = begin;
+    work.blocks = end - begin;
+    work.piece = 1 + piece % params_.cut_tiles * params_.pieces + of_tile;
   }
 
   __device__ int2 entry_and_unit(int ticket) const {

@@ -1,6 +1,7 @@
 #include "kernels/sm90/forward_work.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -238,6 +239,23 @@ void sort_longest_first(ForwardWork& work, std::int64_t seq_q, std::int32_t tile
       work.rows(), [&](std::int32_t i) { return keys[order[static_cast<std::size_t>(i)]]; });
 }
 
+/// Pieces of equal length.
+struct Pieces {
+  std::int32_t count;
+  double blocks;
+};
+
+/// Until all are done, where those that come first begin together.
+double tail_blocks(const Pieces& first, const Pieces& others, std::int32_t multiprocessors) {
+  double end = first.blocks;
+  for (;;) {
+    const double before = std::floor(end / others.blocks);
+    const double after = std::floor((end - first.blocks) / others.blocks);
+    if ((multiprocessors - first.count) * before + first.count * after >= others.count) return end;
+    end = std::min((before + 1.0) * others.blocks, first.blocks + (after + 1.0) * others.blocks);
+  }
+}
+
 bool needs_table(std::span<const ForwardSegment> segments) {
   return differs_by_batch(segments) || slices_of(segments, 0).size() > kInlineSlices;
 }
@@ -263,24 +281,37 @@ double computed_pairs(std::span<const ForwardSegment> segments, std::int64_t bat
 TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors) {
   // In blocks of keys: the ends of a tile; what a piece leaves behind; what each of them costs the
   // one that merges.
-  constexpr double kEnds = 1.5, kPiece = 4.0, kMerge = 0.5;
+  constexpr double kEnds = 1.5, kPiece = 2.0, kMerge = 0.25;
   constexpr std::int32_t kMostPieces = 8;
+  constexpr std::int64_t kShort = 16;  // blocks; shorter tiles were not measured
   constexpr double kWorthwhile = 0.99;
   const std::int32_t last = tiles % multiprocessors;
+  const std::int32_t idle = multiprocessors - last;
   const double whole_blocks =
       static_cast<double>(tiles / multiprocessors) * (static_cast<double>(blocks) + kEnds);
-  const auto cost = [&](std::int32_t pieces) {
-    const std::int32_t turns = (last * pieces + multiprocessors - 1) / multiprocessors;
-    const std::int64_t longest = (blocks + pieces - 1) / pieces;
-    const double merging = pieces == 1 ? 0.0 : kPiece + kMerge * pieces;
-    return whole_blocks + turns * (static_cast<double>(longest) + kEnds + merging);
-  };
   TailCut cut{tiles, 1};
-  double best = cost(1) * kWorthwhile;
+  if (last == 0 || blocks < kShort) return cut;
+  double best = (whole_blocks + static_cast<double>(blocks) + kEnds) * kWorthwhile;
+  const auto consider = [&](std::int32_t pieces, std::int64_t longest, double ends) {
+    const std::int64_t others = (blocks - longest + pieces - 2) / (pieces - 1);
+    if (others <= 0 || others > longest) return;
+    const double cost =
+        whole_blocks + tail_blocks({last, static_cast<double>(longest) + ends},
+                                   {last * (pieces - 1), static_cast<double>(others) + ends},
+                                   multiprocessors);
+    if (cost >= best) return;
+    best = cost;
+    cut = {tiles - last, pieces, static_cast<std::int32_t>(longest)};
+  };
   for (std::int32_t pieces = 2; pieces <= kMostPieces; ++pieces) {
-    if (cost(pieces) >= best) continue;
-    best = cost(pieces);
-    cut = {tiles - last, pieces};
+    const double ends = kEnds + kPiece + kMerge * pieces;
+    const std::int32_t others = pieces - 1;
+    consider(pieces, (blocks + others) / pieces, ends);
+    // So many of the others take as long as the longest.
+    const double turns = (last * others + idle - 1) / idle;
+    const double longest = (static_cast<double>(blocks) + others * ends * (1.0 - 1.0 / turns)) /
+                           (1.0 + others / turns);
+    consider(pieces, static_cast<std::int64_t>(std::ceil(longest)), ends);
   }
   return cut;
 }

@@ -35,11 +35,13 @@ struct ForwardWork {
 
 /// How the last tiles of a launch are cut so that its thread blocks end together.
 struct TailCut {
-  std::int32_t whole = 0;   // tiles before those that are cut
-  std::int32_t pieces = 1;  // of each tile after them
+  std::int32_t whole = 0;    // tiles before those that are cut
+  std::int32_t pieces = 1;   // of each tile after them
+  std::int32_t longest = 0;  // blocks of a tile's first piece, which come before all the others
 };
 
-/// For `tiles` tiles of `blocks` blocks of keys each.
+/// For `tiles` tiles of `blocks` blocks of keys each: equal pieces, or one for each multiprocessor
+/// that gets a tile and as many short ones as the others do meanwhile.
 TailCut cut_tail(std::int32_t tiles, std::int64_t blocks, std::int32_t multiprocessors);
 
 /// Query-key pairs that tiles of this shape compute, in whole blocks of keys. Where there are

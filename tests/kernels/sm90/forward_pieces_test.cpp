@@ -28,6 +28,23 @@ TEST_F(Sm90, PiecesOfTilesGiveWholeRows) {
   }
 }
 
+// As many tiles as two thirds of the multiprocessors, so that the others get a short piece of each
+// two.
+TEST_F(Sm90, LongAndShortPiecesOfTilesGiveWholeRows) {
+  std::mt19937 random(15);
+  int processors = 0;
+  ASSERT_EQ(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0), cudaSuccess);
+  for (const std::int64_t dim : {64, 128, 256}) {
+    SCOPED_TRACE(testing::Message() << "dim " << dim);
+    const std::int64_t heads = processors * 2 / 3;
+    const ForwardCase c{1, 9, 4200, heads, heads, dim, dim, DType::bf16};
+    const ForwardProblem problem(c, {{{0, 9}, {0, 4200}, {}}}, random);
+    run(problem, c);
+    problem.expect_close();
+    if (HasFatalFailure()) return;
+  }
+}
+
 // A row of queries and one element of the values, both NaN: the row, and the values' column in the
 // rows of its head.
 TEST_F(Sm90, PiecesOfTilesKeepNanToItsRows) {

@@ -63,10 +63,18 @@ TEST(ForwardWork, CountsTheShortTiles) {
 }
 
 TEST(ForwardWork, CutsTheTailWhereThatPays) {
-  // 16 heads of 16k tokens: 10.4 waves of tiles, 128 blocks each.
+  // 16 heads of 16k tokens: 10.4 waves of tiles, 128 blocks each. 56 multiprocessors get half a
+  // tile each, the 76 others three of the quarters that are left.
   const TailCut cut = cut_tail(16 * 86, 128, 132);
   EXPECT_EQ(cut.whole, 10 * 132);
-  EXPECT_EQ(cut.pieces, 2);
+  EXPECT_EQ(cut.pieces, 5);
+  EXPECT_EQ(cut.longest, 61);
+  // 7.8 waves: 100 multiprocessors get most of a tile each, the 32 others up to seven of the halves
+  // that are left.
+  const TailCut uneven = cut_tail(8 * 128, 205, 132);
+  EXPECT_EQ(uneven.whole, 7 * 132);
+  EXPECT_EQ(uneven.pieces, 3);
+  EXPECT_EQ(uneven.longest, 166);
   EXPECT_EQ(cut_tail(10 * 132, 128, 132).whole, 10 * 132);  // no tail
   EXPECT_EQ(cut_tail(7 * 132 + 130, 128, 132).whole, 7 * 132 + 130);
   EXPECT_EQ(cut_tail(16 * 86, 4, 132).whole, 16 * 86);  // short tiles
