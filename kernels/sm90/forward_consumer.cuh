@@ -65,6 +65,8 @@ class ForwardConsumer {
   static constexpr bool kCounts = Tile::kHeadDim > 64;
   // The place of values from that of keys, and the tile to be written from the one begun.
   static constexpr bool kDerives = kCounts && !Tile::kOverlap;
+  // A tile's queries are given back before its last softmax, which does not look at them again.
+  static constexpr bool kQueriesEarly = Tile::kQueryBuffers == 1 && !Tile::kTrustsMaxima;
   template <int kSize>
   using Position = std::conditional_t<kCounts, TurnCount<kSize>, TurnPlace<kSize>>;
 
@@ -110,6 +112,9 @@ class ForwardConsumer {
       pin_registers(s);
       prepare_scores(s, flags);
       if constexpr (!Tile::kTrustsMaxima) release_keys();
+      if constexpr (kQueriesEarly) {
+        if (flags & kLastOfTile) release(&shared_.q_empty[queries().index()]);
+      }
       const RowStatistics done = rows;
       if (flags & kFirstOfTile) rows = {};
       const bool renewed = softmax(s, rows, flags, factor);
@@ -335,6 +340,9 @@ class ForwardConsumer {
     wgmma_wait<0>();
     pin_registers(s);
     prepare_scores(s, flags);
+    if constexpr (kQueriesEarly) {
+      if (flags & kLastOfTile) release(&shared_.q_empty[queries().index()]);
+    }
     float factor[2];
     softmax(s, rows, flags, factor);
     release_keys();
@@ -466,7 +474,7 @@ class ForwardConsumer {
   __device__ void release_queries(int flags) {
     release_staging();
     if ((flags & kLastOfTile) == 0) return;
-    if (Tile::kStaging != Tile::Staging::queries || !params_.staged) {
+    if (!kQueriesEarly && (Tile::kStaging != Tile::Staging::queries || !params_.staged)) {
       release(&shared_.q_empty[queries().index()]);
     }
     q_ring_.advance();

@@ -52,7 +52,7 @@ class ForwardProducer {
     int remaining = work.blocks;
     int skip = work.skip;
     if (remaining <= kClaimAhead) release_work();
-    if (!queries_ahead_) load_queries(work);
+    if (Tile::kQueryBuffers == 1 || !queries_ahead_) load_queries(work);
     queries_ahead_ = false;
     first_ = kFirstOfTile;
     if (remaining == 0) {  // rows without keys still get their O = 0 and LSE = -inf
@@ -99,12 +99,25 @@ class ForwardProducer {
     seen_ready_ |= 1U << segment;
   }
 
-  /// The next tile's, as soon as the tile is known.
+  /// The next tile's, as soon as the tile is known: into the other buffer, or where there is none
+  /// into L2.
   __device__ void load_queries_ahead() {
-    if (Tile::kQueryBuffers == 1 || queries_ahead_) return;
+    if (queries_ahead_) return;
     if (!mbarrier_test(&shared_.work_full, work_parity_)) return;
-    if (shared_.work.ticket < params_.tickets) load_queries(shared_.work);
+    if (shared_.work.ticket < params_.tickets) {
+      Tile::kQueryBuffers == 1 ? prefetch_queries(shared_.work) : load_queries(shared_.work);
+    }
     queries_ahead_ = true;
+  }
+
+  __device__ void prefetch_queries(const TileWork& work) const {
+    for (int warpgroup = 0; warpgroup < Tile::kWarpgroups; ++warpgroup) {
+      for (int box = 0; box < Tile::kQkBoxes; ++box) {
+        tma_prefetch(&params_.q, box * Tile::QkTile::kColumns, 0,
+                     work.q_begin + warpgroup * params_.warpgroup_queries, work.pack_index,
+                     work.batch);
+      }
+    }
   }
 
   __device__ void load_queries(const TileWork& work) {

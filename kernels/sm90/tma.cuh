@@ -41,6 +41,15 @@ __device__ inline void tma_load(void* destination, const CUtensorMap* map, std::
       : "memory");
 }
 
+/// Has L2 fetch what the same copy will read.
+__device__ inline void tma_prefetch(const CUtensorMap* map, int column, int head, int row, int pack,
+                                    int batch) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(column), "r"(head), "r"(row), "r"(pack), "r"(batch)
+      : "memory");
+}
+
 /// Adds a box of fp32 in shared memory to global memory; elements outside the tensor are left out.
 __device__ inline void tma_reduce_add(const CUtensorMap* map, const void* source, int column,
                                       int row, int head, int batch) {
