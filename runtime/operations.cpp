@@ -15,20 +15,13 @@ namespace annulus {
 
 std::span<const OperationEntry> operations() {
   static const std::array kOperations = {
-      vanilla_attention(),
-      flash_attention(),
-      ring_attention(),
-      sdpa_attention(),
-      ulysses_attention(),
-      hybrid_attention(),
-      blocksparse_attention(),
-      auto_attention(),
-      autoregressive_decode(),
-      ragged_page_attention_v2(),
-      ragged_page_attention_v3(),
-      unified_attention(),
-      paged_flash_attention(),
-      multi_latent_ragged_page_attention(),
+      vanilla_attention(),        flash_attention(),
+      ring_attention(),           sdpa_attention(),
+      ulysses_attention(),        hybrid_attention(),
+      blocksparse_attention(),    auto_attention(),
+      autoregressive_decode(),    ragged_page_attention_v2(),
+      ragged_page_attention_v3(), unified_attention(),
+      paged_flash_attention(),    multi_latent_ragged_page_attention(),
   };
   return kOperations;
 }

@@ -4,6 +4,7 @@
 
 #include "kernels/sm90/forward_epilogue.cuh"
 #include "kernels/sm90/forward_rescore.cuh"
+#include "kernels/sm90/ring_position.cuh"
 
 /// One consuming warpgroup: 64 rows of S = QKᵀ, softmax and O += PV, a block of keys at a time.
 ///
@@ -14,28 +15,6 @@
 namespace annulus::kernels::sm90 {
 
 inline constexpr int kFirstTurnBarrier = 1;
-
-/// Position in a ring of barriers by one number, for loops that are short of registers.
-template <int kSize>
-struct TurnCount {
-  static_assert((kSize & (kSize - 1)) == 0);
-  unsigned turns = 0;
-
-  __device__ unsigned index() const { return turns % kSize; }
-  __device__ std::uint32_t parity() const { return turns / kSize % 2; }
-  __device__ TurnCount before() const { return {turns - 1}; }
-  __device__ void advance() { ++turns; }
-};
-
-/// The same, ready to use.
-template <int kSize>
-struct TurnPlace {
-  Ring<kSize> ring;
-
-  __device__ int index() const { return ring.index; }
-  __device__ std::uint32_t parity() const { return ring.parity; }
-  __device__ void advance() { ring.advance(); }
-};
 
 template <typename Tile, bool kSoftCap>
 class ForwardConsumer {
