@@ -14,6 +14,7 @@
 #include "sharding/ring.hpp"
 #include "sharding/solo_communicator.hpp"
 #include "sharding/stage_compute.hpp"
+#include "sharding/statistics_rows.hpp"
 
 namespace annulus {
 namespace {
@@ -22,15 +23,6 @@ using Rows = HeadExchange::Rows;
 
 // A rank without rows may pass null data: a tensor is absent where it has no shape either.
 bool is_given(const ConstTensorView& view) { return view.rank() > 0; }
-
-// [batch, heads, rows] seen as [batch, rows, heads, 1], and back.
-template <typename View>
-View as_rows(const View& statistics) {
-  View view = statistics;
-  view.shape = {statistics.shape[0], statistics.shape[2], statistics.shape[1], 1};
-  view.strides = {statistics.strides[0], statistics.strides[2], statistics.strides[1], 1};
-  return view;
-}
 
 // [batch, rows, heads, 1] as a contiguous [batch, heads, rows], which every kernel reads.
 struct Statistics {

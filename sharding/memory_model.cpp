@@ -85,8 +85,8 @@ BufferUse all_stages_at_once(const AttentionPlan& plan) {
   return use;
 }
 
-// As forward_own_rows_in_place() does: k and v of all rows, q and O of the others', and the own
-// rows of O that others computed.
+// As forward_own_rows_in_place() does: q, k, v and O of the others' rows, and the own rows of O
+// that others computed.
 std::int64_t others_rows_bytes(const AttentionPlan& plan, const AttentionSizes& sizes) {
   const PlanRequest& request = plan.request();
   const std::int64_t dims = sizes.head_dim + sizes.value_dim;

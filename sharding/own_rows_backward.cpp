@@ -6,18 +6,10 @@
 #include "sharding/execution_accounting.hpp"
 #include "sharding/own_rows.hpp"
 #include "sharding/stage_compute.hpp"
+#include "sharding/statistics_rows.hpp"
 
 namespace annulus {
 namespace {
-
-// [batch, heads, rows] seen as [batch, rows, heads, 1].
-template <typename View>
-View as_rows(const View& statistics) {
-  View view = statistics;
-  view.shape = {statistics.shape[0], statistics.shape[2], statistics.shape[1], 1};
-  view.strides = {statistics.strides[0], statistics.strides[2], statistics.strides[1], 1};
-  return view;
-}
 
 // Gradients of rows that a peer computed.
 struct Arriving {
